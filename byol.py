@@ -1,0 +1,883 @@
+"""BYOL with and without batch statistics: does it collapse, and what brings it back? Results: results/README.md
+
+    python byol.py                                                           # the control: bn everywhere, SGD
+    python byol.py --enc-norm gn --mlp-norm none                             # no batch statistics: collapses
+    python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2         # and LARS: does not stay collapsed
+    python byol.py --data stl10 --download --width 64 --size 96 --batch-size 256 --epochs 320 --device cuda
+
+The script reads top to bottom in the order data flows: arguments, images, views, networks, loss, collapse metrics,
+linear evaluation, checkpoint, training. A run is one folder, and the same command resumes a run that was stopped.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+from lars import LARS, param_groups
+from resnet_norms import group_norm, resnet18
+
+HIDDEN, PROJECTION = 512, 128        # features of the MLPs, as in the blog's code
+TEMPERATURE, QUEUE = 0.2, 4096       # moco and simclr (MoCo v2); the queue holds target projections
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)                        # RandomResizedCrop: area and aspect ratio of a crop
+P_FLIP, P_JITTER, P_GRAY, P_BLUR = 0.5, 0.8, 0.2, 0.5
+JITTER = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1))
+BLUR_SIGMA, BLUR_REACH = (0.1 / 96, 2.0 / 96), 6 / 96            # sigma and kernel radius over the view's side
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, per channel
+COLLAPSED, RECOVERED = 1e-3, 1e-2    # representation distances, see collapse_state
+OPTIMIZERS = {                       # defaults of --lr, --weight-decay, --warmup
+    "sgd": dict(lr=0.2, weight_decay=1e-4, warmup=0.0),          # the blog's code
+    "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.01),      # the BYOL paper: 10 of 1000 epochs of warm-up
+}
+ORDER, VIEWS = 0, 1                  # what a random stream is for
+
+
+def stop(status, message):
+    """One line on stderr, and out: status 2 for wrong usage, 1 for a failed run."""
+    print(f"byol.py: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def generator(seed, stream, index):
+    """A CPU generator that depends on nothing but (seed, stream, index), so no generator state needs saving."""
+    state = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite `kind` in [low, high], or in (low, high] with `above`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if above else low <= value) or value > high or math.isinf(value):
+            bound = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bound}")
+        return value
+
+    return parse
+
+
+def regex_factor(text):
+    regex, equals, factor = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=FACTOR")
+    return regex, number(float, 0)(factor)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="byol.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.error = lambda message: stop(2, message)
+    add = parser.add_argument
+    add("--enc-norm", choices=["bn", "gn", "gn+ws", "none"], default="bn", help="norm of the encoder (bn)")
+    mlp_norms = ["bn", "ln", "gn", "none"]
+    add("--mlp-norm", choices=mlp_norms, default="bn", help="norm of projection and prediction (bn)")
+    add("--proj-norm", choices=mlp_norms, help="norm of the projection (--mlp-norm)")
+    add("--pred-norm", choices=mlp_norms, help="norm of the prediction (--mlp-norm)")
+    add("--width", type=number(int, 1, 512), default=16, help="channels of layer1; y has 8 times as many (16)")
+    add("--stem", choices=["imagenet", "cifar"], default="imagenet",
+        help="7x7 stride 2 and max-pool, or 3x3 stride 1 (imagenet)")
+    add("--loss", choices=["byol", "moco", "simclr"], default="byol",
+        help="byol; moco: InfoNCE against a queue; simclr: InfoNCE in the batch (byol)")
+    add("--ema", type=number(float, 0, 1), default=0.996, help="target's share kept per step, cosine to 1 (0.996)")
+    add("--opt", choices=list(OPTIMIZERS), default="sgd", help="optimizer, momentum 0.9 (sgd)")
+    add("--lr", type=number(float, 0, above=True), help="the rate, not scaled by the batch; cosine to 0 (0.2)")
+    add("--warmup", type=number(float, 0, 1), help="share of the run with linear warm-up (sgd 0, lars 0.01)")
+    add("--weight-decay", type=number(float, 0), help="(sgd 1e-4 on all, lars 1.5e-6 on weights)")
+    add("--lars-layers", metavar="REGEX", help="with --opt lars: layers that get LARS, the rest SGD (all)")
+    add("--lr-mult", metavar="REGEX=FACTOR", type=regex_factor, action="append", default=[],
+        help="multiply the rate of the layers in which REGEX is found; repeatable")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=number(int, 0), help="optimizer steps (1000); 0: random features")
+    length.add_argument("--epochs", type=number(int, 0), help="length in passes over the images instead")
+    add("--batch-size", type=number(int, 2), default=64, help="images per step (64)")
+    add("--size", type=number(int, 8), default=64, help="side of the views in pixels (64)")
+    add("--data", default="shapes", help="shapes, cifar10, stl10, fashion-mnist or folder:DIR (shapes)")
+    add("--data-dir", default="data", help="where cifar10, stl10 and fashion-mnist lie (data)")
+    add("--download", action="store_true", help="download the data set if it is not there")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, order and views (0)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    add("--log-every", type=number(int, 1), default=25, help="steps between lines of metrics (25)")
+    add("--eval-every", type=number(int, 0), default=0, help="steps between evaluations; 0: one at the end (0)")
+    add("--checkpoint-every", type=number(int, 1), default=200, help="steps between checkpoints (200)")
+    add("--out", help="folder of the run (runs/ and the flags given)")
+    args = parser.parse_args(argv)
+
+    for name, value in OPTIMIZERS[args.opt].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.opt == "lars":
+        args.lars_layers = ".*" if args.lars_layers is None else args.lars_layers
+    elif args.lars_layers is not None:
+        stop(2, "--lars-layers needs --opt lars")
+    args.proj_norm, args.pred_norm = args.proj_norm or args.mlp_norm, args.pred_norm or args.mlp_norm
+    if args.loss == "moco" and 2 * args.batch_size > QUEUE:
+        stop(2, f"--batch-size: two views of {args.batch_size} images do not fit moco's queue of {QUEUE}")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        stop(2, f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.out is None:
+        flags = re.sub(r"[^\w.+=-]+", "_", " ".join(argv).replace("--", "")).strip("_")
+        args.out = os.path.join("runs", flags[:200] or "default")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+
+class Images(NamedTuple):
+    """uint8 images (N, 3, side, side) and int64 labels (N,). Pre-training sees `pretrain` and no label."""
+
+    pretrain: torch.Tensor
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+
+
+def box(x, y, a, b):
+    return np.maximum(np.abs(x) - a, np.abs(y) - b)
+
+
+FORMS = {  # signed distances, negative inside, for coordinates in which the form about fills [-1, 1]
+    "disc": lambda x, y: np.hypot(x, y) - 0.8,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.65) - 0.18,
+    "square": lambda x, y: box(x, y, 0.7, 0.7),
+    "frame": lambda x, y: np.abs(box(x, y, 0.6, 0.6)) - 0.15,
+    "triangle": lambda x, y: np.maximum(0.87 * np.abs(x) + 0.5 * y, -y) - 0.42,
+    "cross": lambda x, y: np.minimum(box(x, y, 0.9, 0.25), box(x, y, 0.25, 0.9)),
+    "bars": lambda x, y: box(np.abs(x) - 0.5, y, 0.2, 0.85),
+    "star": lambda x, y: np.hypot(x, y) - 0.55 - 0.33 * np.cos(5 * np.arctan2(y, x)),
+    "half disc": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, y - 0.1),
+    "quarters": lambda x, y: np.maximum(box(x, y, 0.8, 0.8), np.where(x * y > 0, -1, 1) * np.minimum(np.abs(x), np.abs(y))),
+}
+
+
+def draw_shapes(per_class, rng, side=32):
+    """`per_class` images of each of FORMS: uint8 (N, 3, side, side), labels (N,).
+
+    Every image repeats one form over a background. Form alone makes the class: size, angle, position, both colours,
+    the stripes of the object and of the background and the noise are drawn alike for all classes.
+    """
+    grid = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
+    images, n = [], per_class
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *(shape or (1, 1)))).astype(np.float32)
+
+    def stripes():
+        angle, frequency, phase = uniform(0, np.pi), uniform(2, 9), uniform(0, 2 * np.pi)
+        return np.sin(frequency * (np.cos(angle) * grid + np.sin(angle) * grid[:, None]) + phase)[:, None]
+
+    for distance in FORMS.values():
+        angle, pitch = uniform(-0.5, 0.5), uniform(0.8, 1.3)
+        dx, dy = grid - uniform(-1, 1), grid[:, None] - uniform(-1, 1)
+        u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+        u, v = ((t / pitch + 0.5) % 1 - 0.5 for t in (u, v))
+        radius = uniform(0.36, 0.46)
+        edge = distance(u / radius, v / radius) * radius * pitch * side / 2
+        inside = np.clip(0.5 - edge, 0, 1)[:, None]
+        colours = uniform(0, 1, 2, 3, 1, 1)
+        ground = colours[:, 0] + uniform(0, 0.25, 1, 1, 1) * stripes()
+        figure = colours[:, 1] + uniform(0, 0.25, 1, 1, 1) * stripes()
+        gap = (colours[:, 1] - colours[:, 0]).mean(1, keepdims=True)
+        figure += np.where(np.abs(gap) < 0.25, np.copysign(0.25, gap) - gap, 0)      # the form stays visible in grey
+        image = ground + inside * (figure - ground) + rng.normal(0, 0.03, (n, 3, side, side))
+        images.append(np.uint8(np.clip(image, 0, 1) * 255))
+    return torch.from_numpy(np.concatenate(images)), torch.arange(len(FORMS)).repeat_interleave(n)
+
+
+def load_shapes():
+    train, train_labels = draw_shapes(1000, np.random.default_rng(0))
+    return Images(train, train, train_labels, *draw_shapes(200, np.random.default_rng(1)))
+
+
+def load_torchvision(name, root, download):
+    """cifar10, stl10 or fashion-mnist, through torchvision and into NCHW."""
+
+    def read(split):
+        try:
+            if name == "stl10":
+                return torchvision.datasets.STL10(root, split, download=download)
+            kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.FashionMNIST
+            return kind(root, train=split != "test", download=download)
+        except (RuntimeError, OSError) as error:
+            if download:
+                stop(1, f"--data {name}: cannot download to {root}: {error}")
+            stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
+
+    def pixels(dataset):
+        if name == "stl10":
+            return torch.from_numpy(dataset.data)
+        if name == "cifar10":
+            return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+        return dataset.data[:, None].repeat(1, 3, 1, 1)
+
+    def labels(dataset):
+        return torch.as_tensor(dataset.labels if name == "stl10" else dataset.targets).long()
+
+    train, test = read("train+unlabeled" if name == "stl10" else "train"), read("test")
+    images, targets = pixels(train), labels(train)
+    labelled = int((targets >= 0).sum())            # stl10's unlabeled images carry -1 and stand last
+    return Images(images, images[:labelled], targets[:labelled], pixels(test), labels(test))
+
+
+def load_folder(root, size):
+    """DIR/train/CLASS/*, DIR/test/CLASS/* and, for pre-training only, DIR/unlabeled/*: any format Pillow reads.
+
+    Square images of one size stay as they are; otherwise each is resized, its shorter side to `size`, and centre-cropped.
+    """
+    datasets = torchvision.datasets
+    splits = {}
+    for split in ("train", "test"):
+        try:
+            splits[split] = datasets.ImageFolder(os.path.join(root, split))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            stop(2, f"--data folder:{root}: {error}; it needs {split}/CLASS/* images")
+    if len(splits["train"].classes) < 2:
+        stop(2, f"--data folder:{root}: train has one class, {splits['train'].classes[0]}; the evaluation needs two")
+    if splits["train"].classes != splits["test"].classes:
+        odd = sorted(set(splits["train"].classes) ^ set(splits["test"].classes))
+        stop(2, f"--data folder:{root}: class {odd[0]} is in one of train and test only")
+    paths = {split: [path for path, _ in dataset.samples] for split, dataset in splits.items()}
+    unlabeled = Path(root, "unlabeled")
+    paths["unlabeled"] = sorted(str(p) for p in unlabeled.glob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+
+    def read(path):
+        try:
+            return datasets.folder.pil_loader(path)     # converts any mode to RGB
+        except (OSError, SyntaxError, ValueError) as error:
+            stop(1, f"--data folder:{root}: cannot read image {path}: {error}")
+
+    pictures = {split: [read(path) for path in paths[split]] for split in ("train", "unlabeled", "test")}
+    sizes = {picture.size for split in pictures.values() for picture in split}
+    transform = torchvision.transforms.PILToTensor()
+    if len(sizes) > 1 or len(set(next(iter(sizes)))) > 1:
+        print(f"{len(sizes)} image size(s), not one square: each image resized and cropped to {size} x {size}")
+        resize, crop = torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size)
+        transform = torchvision.transforms.Compose([resize, crop, transform])
+    images = {s: torch.stack([transform(p) for p in pictures[s]]) for s in pictures if pictures[s]}
+    pretrain = torch.cat([images[s] for s in ("train", "unlabeled") if s in images])
+    targets = {s: torch.tensor(splits[s].targets) for s in splits}
+    return Images(pretrain, pretrain[: len(paths["train"])], targets["train"], images["test"], targets["test"])
+
+
+def load_images(data, data_dir, download, size):
+    if data == "shapes":
+        return load_shapes()
+    if data in ("cifar10", "stl10", "fashion-mnist"):
+        return load_torchvision(data, data_dir, download)
+    if data.startswith("folder:"):
+        return load_folder(data.removeprefix("folder:"), size)
+    stop(2, f"--data {data}: not shapes, cifar10, stl10, fashion-mnist or folder:DIR")
+
+
+# ---------------------------------------------------------------------------------------------------- views
+
+
+def draw_view(n, side, size, rng):
+    """The random parameters of one view of n square images, drawn on the CPU with torchvision's distributions.
+
+    Crop boxes as RandomResizedCrop.get_params: the first of ten tries that fits, else the whole image. An operation
+    that is not applied gets the parameter that changes nothing. The order of the jitter is drawn once per batch.
+    """
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=rng)
+
+    def chance(p):
+        return torch.rand(n, generator=rng) < p
+
+    area = side * side * uniform(*SCALE, 10)
+    ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
+    tries = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).round()           # (n, 2, 10): height, width
+    fits = (tries <= side).all(1)
+    first = fits.int().argmax(1)
+    extent = tries[torch.arange(n), :, first]
+    extent = torch.where(fits.any(1)[:, None], extent, side)
+    start = (uniform(0, 1, 2) * (side - extent + 1)).floor()
+    apply = chance(P_JITTER)
+    params = {"start": start, "extent": extent, "flip": chance(P_FLIP)}
+    for name, (low, high) in JITTER.items():
+        params[name] = torch.where(apply, uniform(low, high), 0.0 if name == "hue" else 1.0)
+    params["gray"] = chance(P_GRAY)
+    params["sigma"] = torch.where(chance(P_BLUR), size * uniform(*BLUR_SIGMA), 0.0)
+    order = [list(JITTER)[i] for i in torch.randperm(len(JITTER), generator=rng)]
+    return params, order
+
+
+def resize_matrix(start, extent, side, size):
+    """(N, size, side) rows that resize pixels [start, start + extent) of `side` to `size`: bilinear with antialiasing.
+
+    The weights of torch's `upsample_bilinear2d` with antialias=True, which is what RandomResizedCrop calls.
+    """
+    start, extent = start[:, None, None], extent[:, None, None]
+    pixel = torch.arange(side, device=start.device)
+    scale = extent / size
+    centre = start + scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
+    weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
+    weight = weight * ((pixel >= start) & (pixel < start + extent))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def separable(images, rows, columns):
+    """rows @ channel @ columns^T for each channel of (N, C, H, W) images, matrices (N, H', H) and (N, W', W)."""
+    n, c, h, w = images.shape
+    x = images.reshape(n, c * h, w) @ columns.mT                # channels folded: one product an image, not three
+    x = rows @ x.view(n, c, h, -1).transpose(1, 2).reshape(n, h, -1)
+    return x.view(n, rows.shape[1], c, -1).transpose(1, 2)
+
+
+def resized_crop(images, start, extent, flip, size):
+    """Crop, resize and flip each image: (N, 3, side, side) -> (N, 3, size, size)."""
+    rows, columns = (resize_matrix(start[:, i], extent[:, i], images.shape[-1], size) for i in (0, 1))
+    return separable(images, rows, torch.where(flip[:, None, None], columns.flip(1), columns))
+
+
+def grayscale(images):
+    r, g, b = images.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b                   # torchvision's rgb_to_grayscale
+
+
+def adjust_hue(images, shift):
+    """Rotate the hue by `shift` turns, (N, 1, 1, 1), through HSV as torchvision's adjust_hue does."""
+    r, g, b = images.split(1, dim=1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    c = chroma.clamp_min(1e-12)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)) / 6
+    k = hue + shift + torch.tensor((5 / 6, 3 / 6, 1 / 6), device=images.device)[:, None, None]
+    k.sub_(k.floor()).mul_(6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def jitter(images, params, order):
+    """ColorJitter with one factor per image and operation; images in [0, 1]."""
+    for name in order:
+        factor = params[name][:, None, None, None]
+        if name == "hue":
+            images = adjust_hue(images, factor)
+        elif name == "brightness":
+            images = (images * factor).clamp_(0, 1)
+        else:
+            gray = grayscale(images)
+            images = torch.lerp(gray.mean((2, 3), keepdim=True) if name == "contrast" else gray, images, factor).clamp_(0, 1)
+    return images
+
+
+def gaussian_blur(images, sigma):
+    """Blur with one sigma per image, the border reflected; sigma 0 changes nothing. The kernel reaches three of the
+    largest sigmas: 13 pixels at 96 px, as many as torchvision's GaussianBlur(13)."""
+    size = images.shape[-1]
+    radius = math.ceil(BLUR_REACH * size)
+    offset = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)[:, None]) ** 2)
+    source = (torch.arange(size, device=images.device) + offset[:, None]).abs()
+    source = size - 1 - (size - 1 - source).abs()                                 # (taps, size): reflected pixel
+    taps = F.one_hot(source, size).float().flatten(1)
+    matrix = (kernel / kernel.sum(1, keepdim=True) @ taps).view(-1, size, size)
+    return separable(images, matrix, matrix)
+
+
+def make_view(images, params, order, size, layout=torch.contiguous_format):
+    """One random view of each uint8 image: (N, 3, side, side) -> float (N, 3, size, size), normalized."""
+    x = resized_crop(images / 255, params["start"], params["extent"], params["flip"], size)
+    x = jitter(x, params, order)
+    x = torch.where(params["gray"][:, None, None, None], grayscale(x), x)
+    return normalize(gaussian_blur(x, params["sigma"])).contiguous(memory_format=layout)
+
+
+def normalize(images):
+    mean, std = (torch.tensor(t, device=images.device)[:, None, None] for t in (MEAN, STD))
+    return (images - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+
+MLP_NORMS = {
+    "bn": nn.BatchNorm1d,
+    "ln": nn.LayerNorm,
+    "gn": group_norm,
+    "none": lambda features: nn.Identity(),
+}
+
+
+def mlp(features, norm):
+    """The projection or the prediction: (N, features) -> (N, 128)."""
+    return nn.Sequential(
+        nn.Linear(features, HIDDEN), MLP_NORMS[norm](HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, PROJECTION)
+    )
+
+
+class Network(nn.Module):
+    """view v -> representation y -> projection z -> prediction q(z); the contrastive losses have no prediction."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.encoder = resnet18(args.enc_norm, args.width, args.stem)
+        self.projection = mlp(8 * args.width, args.proj_norm)
+        self.prediction = mlp(PROJECTION, args.pred_norm) if args.loss == "byol" else nn.Identity()
+
+    def forward(self, view):
+        y = self.encoder(view)
+        z = self.projection(y)
+        return y, z, self.prediction(z)
+
+
+def make_target(online):
+    """The slowly moving copy: encoder and projection. It stays in train mode, so BN uses the batch's statistics and
+    its running averages, which the EMA does not touch, are never read."""
+    target = copy.deepcopy(online).requires_grad_(False)
+    target.prediction = nn.Identity()
+    return target
+
+
+@torch.no_grad()
+def update_target(target, online, tau):
+    """target = tau * target + (1 - tau) * online (BYOL, arXiv 2006.07733, equation 1)."""
+    own = list(target.parameters())
+    torch._foreach_lerp_(own, list(online.parameters())[: len(own)], 1 - tau)
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+def unit(x):
+    return F.normalize(x, dim=1)
+
+
+def byol_loss(q, z_target):
+    """Squared distance of the unit vectors, mean over the batch, in [0, 4]: equal to 2 - 2 cos (BYOL, equation 2),
+    without the rounding that drowns the latter when both agree."""
+    return (unit(q) - unit(z_target)).square().sum(1).mean()
+
+
+def moco_loss(q, z_target, queue):
+    """InfoNCE of q against its own target and `queue` (K, 128) of unit vectors (MoCo, arXiv 1911.05722, equation 1)."""
+    q = unit(q)
+    positive = (q * unit(z_target)).sum(1, keepdim=True)
+    logits = torch.cat([positive, q @ queue.T], 1) / TEMPERATURE
+    return -logits.log_softmax(1)[:, 0].mean()
+
+
+def simclr_loss(q1, q2):
+    """NT-Xent over the 2N views of the batch (SimCLR, arXiv 2002.05709, equation 1)."""
+    q = unit(torch.cat([q1, q2]))
+    n = len(q1)
+    logits = (q @ q.T / TEMPERATURE).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=q.device), -math.inf)
+    return F.cross_entropy(logits, torch.arange(2 * n, device=q.device).roll(n))
+
+
+# ---------------------------------------------------------------------------------------------------- collapse metrics
+
+
+@torch.no_grad()
+def collapse_metrics(y1, z1, y2, z2):
+    """How far apart the representations of a batch's images lie; dict of floats.
+
+    pos_cos   cosine of the projections of two views of one image, mean
+    neg_cos   cosine of the projections of different images in one view, mean over all pairs; rep_dist = 1 - neg_cos
+    z_std     standard deviation of a feature of the unit-length z, mean over features, times sqrt(d): 1 where z
+              spreads evenly over the sphere, 0 at collapse; y_std the same for y
+    y_rank    effective rank of y: exp of the entropy of its singular values (RankMe, arXiv 2210.02885); 1 at collapse
+    Cosines come from squared differences, which stay exact where 1 - cos is smaller than rounding.
+    """
+    y1, z1, y2, z2 = (unit(t.float()) for t in (y1, z1, y2, z2))
+    n = len(z1)
+    spread = [(z - z.mean(0)).square().sum(1).mean() for z in (z1, z2)]
+    rep_dist = sum(spread) / 2 * n / (n - 1)
+    share = torch.linalg.svdvals(y1)
+    share = share / share.sum()
+    metrics = {
+        "pos_cos": 1 - (z1 - z2).square().sum(1).mean() / 2,
+        "neg_cos": 1 - rep_dist,
+        "rep_dist": rep_dist,
+        "z_std": (z1.std(0).mean() + z2.std(0).mean()) / 2 * z1.shape[1] ** 0.5,
+        "y_std": (y1.std(0).mean() + y2.std(0).mean()) / 2 * y1.shape[1] ** 0.5,
+        "y_rank": torch.special.entr(share).sum().exp(),
+    }
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def collapse_state(state, rep_dist):
+    """The state of a run in words, from the state before and the representation distance now.
+
+    A run is `collapsed` once the distance falls under COLLAPSED, and `recovered` when it then rises over RECOVERED;
+    a run that never collapsed is `healthy`. The gap between the two keeps noise from flipping the state.
+    """
+    if rep_dist < COLLAPSED:
+        return "collapsed"
+    if state == "collapsed":
+        return "recovered" if rep_dist > RECOVERED else "collapsed"
+    return "recovered" if state == "recovered" else "healthy"
+
+
+LAYERS = {"stem": "encoder.conv1.", **{f"layer{i}": f"encoder.layer{i}." for i in (1, 2, 3, 4)},
+          "projection": "projection.", "prediction": "prediction."}
+
+
+@torch.no_grad()
+def layer_metrics(online, optimizer):
+    """Per layer group, over its weights (biases and norms left out), after a step: norm of the gradient and of the
+    weights, largest weight over its tensor's rms, and the mean local LARS rate (None without LARS)."""
+    rates = getattr(optimizer, "rates", {})
+    layers = {}
+    for layer, prefix in LAYERS.items():
+        weights = {n: p for n, p in online.named_parameters() if n.startswith(prefix) and p.ndim > 1}
+        if not weights:
+            continue
+        peaks = [p.abs().max() / p.square().mean().sqrt().clamp_min(1e-30) for p in weights.values()]
+        local = [rates[name] for name in weights if name in rates]
+        layers[layer] = {
+            "grad_norm": torch.stack([p.grad.norm() for p in weights.values()]).norm().item(),
+            "weight_norm": torch.stack([p.norm() for p in weights.values()]).norm().item(),
+            "max_over_rms": torch.stack(peaks).max().item(),
+            "lars_rate": torch.stack(local).mean().item() if local else None,
+        }
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------------- linear evaluation
+
+
+@torch.no_grad()
+def features(encoder, images, size, device):
+    """y of whole images, resized to `size`, without augmentation: (N, 8 * width), fp32, on the CPU."""
+    chunks = []
+    for chunk in images.split(256):
+        x = chunk.to(device) / 255
+        if x.shape[-1] != size:
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        chunks.append(encoder(normalize(x)).cpu())
+    return torch.cat(chunks)
+
+
+def fit_linear(x, labels):
+    """Multinomial logistic regression by L-BFGS to convergence: float64 (N, d), (N,) -> weight (d, classes), bias.
+
+    Minimises the mean cross-entropy + ||weight||^2 / 2N: scikit-learn's LogisticRegression with its default C = 1.
+    The search runs along the principal axes of x, each scaled to the curvature expected there, which takes some 50
+    iterations where it would take 1000; the minimum is the same.
+    """
+    decay = 1 / len(x)
+    variance, axes = torch.linalg.eigh(x.T @ x / len(x))
+    axes = axes * (variance.clamp_min(0) + 10 * decay).rsqrt()
+    x = x @ axes
+    classes = int(labels.max()) + 1
+    weight = torch.zeros(x.shape[1], classes, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-5, tolerance_change=0,
+                              history_size=20, line_search_fn="strong_wolfe")
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, labels) + decay / 2 * (axes @ weight).square().sum()
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    return (axes @ weight).detach(), bias.detach()
+
+
+def linear_accuracy(train, train_labels, test, test_labels):
+    """Test accuracy in percent of a linear classifier on frozen features (N, d).
+
+    Features are centred and divided by one common scale, their standard deviation over all images and features; but by
+    no less than 1e-3 of their rms, so that what rounding leaves of a collapsed encoder is not blown up.
+    """
+    train, test = train.double(), test.double()
+    mean = train.mean(0)
+    scale = max((train - mean).square().mean().sqrt(), 1e-3 * train.square().mean().sqrt())
+    weight, bias = fit_linear((train - mean) / scale, train_labels)
+    guess = ((test - mean) / scale @ weight + bias).argmax(1)
+    return 100 * (guess == test_labels).double().mean().item()
+
+
+def evaluate(encoder, images, size, device):
+    """Linear evaluation of the frozen encoder, which is checked to come out of it bit for bit as it went in."""
+    before = {name: t.clone() for name, t in encoder.state_dict().items()}
+    encoder.eval()
+    train, test = (features(encoder, split, size, device) for split in (images.train, images.test))
+    encoder.train()
+    accuracy = linear_accuracy(train, images.train_labels, test, images.test_labels)
+    if any(not torch.equal(t, before[name]) for name, t in encoder.state_dict().items()):
+        raise RuntimeError("the linear evaluation changed the encoder")
+    return accuracy
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoint
+
+
+def write_whole(path, write):
+    """`write(file)` into a file beside `path`, then rename: `path` appears whole or not at all."""
+    aside = f"{path}.tmp"
+    with open(aside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def describe(args, argv):
+    """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words):
+        try:
+            return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else None
+    return {
+        "flags": {name: value for name, value in vars(args).items() if name != "out"},
+        "command": shlex.join(["python", "byol.py", *argv]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+        "commit": git("rev-parse", "HEAD"),
+        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "hardware": {"machine": platform.machine(), "cpu": model.group(1) if model else platform.processor(),
+                     "threads": torch.get_num_threads(),
+                     "gpu": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None},
+    }
+
+
+def open_run(out, config):
+    """Make or enter the run's folder. Returns its checkpoint (None at a fresh start) and whether the run is finished."""
+    files = {name: os.path.join(out, name) for name in ("config.json", "metrics.jsonl", "encoder.pt", "checkpoint.pt")}
+    try:
+        os.makedirs(out, exist_ok=True)
+        present = [name for name in os.listdir(out) if not name.endswith(".tmp")]
+        if present and "config.json" not in present:
+            stop(2, f"--out {out}: neither empty nor a run's folder (it holds {present[0]})")
+        if not present:
+            text = json.dumps(config, indent=1).encode() + b"\n"
+            write_whole(files["config.json"], lambda file: file.write(text))
+    except OSError as error:
+        stop(2, f"--out {out}: {error.strerror}")
+    try:
+        flags = json.loads(Path(files["config.json"]).read_text())["flags"]
+    except (ValueError, KeyError, TypeError):
+        stop(1, f"{files['config.json']} is damaged; remove the folder to start again")
+    ours = json.loads(json.dumps(config["flags"]))
+    for name in ours:
+        if flags.get(name) != ours[name]:
+            flag = "--" + name.replace("_", "-")
+            stop(2, f"--out {out} holds a run with {flag} {flags.get(name)}, not {ours[name]}: give another --out")
+    if not os.path.exists(files["checkpoint.pt"]):
+        return None, os.path.exists(files["encoder.pt"])
+    try:
+        checkpoint = torch.load(files["checkpoint.pt"], map_location="cpu", weights_only=True)
+        if not set(checkpoint) == {"step", "log_bytes", "state", "online", "target", "optimizer", "queue"}:
+            raise ValueError("it lacks parts of a checkpoint")
+    except Exception as error:      # torch.load raises nearly anything on a damaged file
+        reason = f"{type(error).__name__}: {error}"[:100]
+        stop(1, f"{files['checkpoint.pt']} cannot be resumed from ({reason}); remove it to start again")
+    return checkpoint, False
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def rate(step, steps, lr, warmup):
+    """Learning rate of step 0, 1, ... of `steps`: linear warm-up over a share of the run, then cosine to 0."""
+    first = warmup * steps
+    if step < first:
+        return lr * (step + 1) / math.ceil(first)
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - first) / (steps - first)))
+
+
+def tau(step, steps, base):
+    """EMA rate of step 0, 1, ... of `steps`: from `base` to 1 along a cosine (BYOL, section 3.3)."""
+    return 1 - (1 - base) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def train_step(online, target, optimizer, queue, loss_name, views, step):
+    """One optimizer step on two views; returns the loss and both views' (y, z)."""
+    y1, z1, q1 = online(views[0])       # one pass a view: in a joint batch BN would mix the views' statistics
+    y2, z2, q2 = online(views[1])
+    if loss_name == "simclr":
+        loss = simclr_loss(q1, q2)
+    else:
+        with torch.no_grad():
+            t1, t2 = (target(view)[1] for view in views)
+        if loss_name == "byol":
+            loss = byol_loss(q1, t2) + byol_loss(q2, t1)
+        else:
+            loss = (moco_loss(q1, t2, queue) + moco_loss(q2, t1, queue)) / 2
+            place = (torch.arange(2 * len(t1), device=t1.device) + step * 2 * len(t1)) % QUEUE
+            queue = queue.index_copy(0, place, unit(torch.cat([t1, t2])))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), queue, (y1, z1, y2, z2)
+
+
+def restore(checkpoint, path, online, target, optimizer, queue):
+    """Load a checkpoint into the networks, the optimizer and the queue; refuses one from another run."""
+    try:
+        online.load_state_dict(checkpoint["online"])
+        target.load_state_dict(checkpoint["target"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        queue.copy_(checkpoint["queue"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        stop(1, f"{path} is not this run's ({str(error).splitlines()[0]}); remove it to start again")
+
+
+def report(line, steps, state, left):
+    left = f"{left / 60:.0f}m{left % 60:02.0f}s"
+    print(f"step {line['step']:>6} {line['step'] / steps:>4.0%} left {left:>6}  loss {line['loss']:.3g}"
+          f"  rate {line['lr']:.3g}  cos pos {line['pos_cos']:.4f} diff {line['neg_cos']:.4f}"
+          f"  distance {line['rep_dist']:.2e}  std z {line['z_std']:.2g} y {line['y_std']:.2g}  rank y {line['y_rank']:.1f}"
+          f"  {line['images_per_s']:.0f} img/s  {state}", flush=True)
+
+
+def train(args, images, online, target, optimizer, queue, checkpoint, layout):
+    """Train from `checkpoint` (None: from the start) to the end. Returns the last evaluation line, or the signal that
+    stopped the run."""
+    log_path, checkpoint_path = (os.path.join(args.out, name) for name in ("metrics.jsonl", "checkpoint.pt"))
+    side, per_epoch = images.pretrain.shape[-1], len(images.pretrain) // args.batch_size
+    start, state, log = 0, "untrained", open(log_path, "ab")
+    if checkpoint:
+        restore(checkpoint, checkpoint_path, online, target, optimizer, queue)
+        start, state = checkpoint["step"], checkpoint["state"]
+    log.truncate(checkpoint["log_bytes"] if checkpoint else 0)
+
+    def write_line(line):
+        log.write(json.dumps(line).encode() + b"\n")
+        log.flush()
+
+    def evaluation(step):
+        line = {"step": step, "accuracy": evaluate(online.encoder, images, args.size, args.device), "state": state}
+        write_line(line)
+        print(f"step {step:>6} linear accuracy on test {line['accuracy']:.2f} %, {state}", flush=True)
+        return line
+
+    def save_checkpoint(step):
+        content = dict(step=step, log_bytes=log.tell(), state=state, online=online.state_dict(),
+                       target=target.state_dict(), optimizer=optimizer.state_dict(), queue=queue)
+        write_whole(checkpoint_path, lambda file: torch.save(content, file))
+
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    last = evaluation(0) if args.steps == 0 else None
+    order, began, clock, clock_step = None, time.perf_counter(), time.perf_counter(), start
+    for step in range(start, args.steps):
+        epoch, batch = divmod(step, per_epoch)
+        if order is None or batch == 0:
+            order = torch.randperm(len(images.pretrain), generator=generator(args.seed, ORDER, epoch))
+        chosen = images.pretrain[order[batch * args.batch_size : (batch + 1) * args.batch_size]].to(args.device)
+        rng, views = generator(args.seed, VIEWS, step), []
+        for _ in range(2):
+            params, jitter_order = draw_view(len(chosen), side, args.size, rng)
+            params = {name: t.to(args.device, non_blocking=True) for name, t in params.items()}
+            views.append(make_view(chosen, params, jitter_order, args.size, layout))
+        lr, ema = rate(step, args.steps, args.lr, args.warmup), tau(step, args.steps, args.ema)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+        loss, queue, outputs = train_step(online, target, optimizer, queue, args.loss, views, step)
+        update_target(target, online, ema)
+
+        done = step + 1
+        logging = done == 1 or done % args.log_every == 0 or done == args.steps
+        saving = done < args.steps and (done % args.checkpoint_every == 0 or signals)
+        if (logging or saving) and not math.isfinite(loss):         # reads the loss: the device is waited for
+            stop(1, f"the loss is {loss.item()} at step {done}: the run diverged; try a lower --lr")
+        if logging:
+            line = {"step": done, "epoch": done / per_epoch, "loss": loss.item(), "lr": lr, "ema": ema}
+            line |= collapse_metrics(*outputs)
+            now = time.perf_counter()
+            line["images_per_s"] = (done - clock_step) * args.batch_size / (now - clock)
+            line["layers"] = layer_metrics(online, optimizer)
+            state = collapse_state(state, line["rep_dist"])
+            write_line(line)
+            report(line, args.steps, state, (now - began) / (done - start) * (args.steps - done))
+        if done == args.steps or args.eval_every and done % args.eval_every == 0:
+            last = evaluation(done)
+        if logging:
+            clock, clock_step = time.perf_counter(), done
+        if saving:
+            save_checkpoint(done)
+        if signals and done < args.steps:
+            return signals[0]
+    return last
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    images = load_images(args.data, args.data_dir, args.download, args.size)
+    side = images.pretrain.shape[-1]
+    if args.batch_size > len(images.pretrain):
+        stop(2, f"--batch-size {args.batch_size}: the data has {len(images.pretrain)} images")
+    if args.size > 4 * side:
+        stop(2, f"--size {args.size}: more than four times the images' {side} pixels")
+    if args.epochs is not None:
+        args.steps = args.epochs * (len(images.pretrain) // args.batch_size)
+    elif args.steps is None:
+        args.steps = 1000
+
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(args.seed)
+    layout = torch.channels_last if args.enc_norm == "bn" else torch.contiguous_format      # the faster one for the norm
+    online = Network(args).to(args.device, memory_format=layout)
+    target = make_target(online)
+    queue = unit(torch.randn(QUEUE, PROJECTION)).to(args.device)
+    try:
+        groups = param_groups(online, args.weight_decay, args.lars_layers, dict(args.lr_mult))
+    except ValueError as error:
+        stop(2, f"--lars-layers or --lr-mult: {error}")
+    optimizer = LARS(groups, args.lr) if args.opt == "lars" else torch.optim.SGD(groups, args.lr, momentum=0.9)
+
+    checkpoint, finished = open_run(args.out, describe(args, argv))
+    if finished:
+        print(f"{args.out} holds this run, finished; remove the folder to run it again")
+        return 0
+    for group in optimizer.param_groups:
+        print(f"{sum(p.numel() for p in group['params']):>9,} parameters: LARS {'on' if group['lars'] else 'off'},"
+              f" weight decay {group['weight_decay']:g}, rate x {group['lr_mult']:g}")
+    print(f"{len(images.pretrain):,} images of {args.data}, {args.steps} steps, into {args.out}"
+          + (f", resumed at step {checkpoint['step']}" if checkpoint else ""))
+    last = train(args, images, online, target, optimizer, queue, checkpoint, layout)
+    if isinstance(last, int):
+        print(f"stopped by {signal.Signals(last).name}; the same command resumes the run", flush=True)
+        return 128 + last
+    state_dict = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
+    write_whole(os.path.join(args.out, "encoder.pt"), lambda file: torch.save(state_dict, file))
+    Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        stop(130, "stopped before the first step")
+    except OSError as error:
+        stop(1, f"{error.filename or 'the disk'}: {error.strerror}")

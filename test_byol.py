@@ -1,0 +1,716 @@
+"""Tests: each value is checked against torch, torchvision, scikit-learn or the formula, and runs drive the real script."""
+
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from scipy.stats import ks_2samp
+from sklearn.linear_model import LogisticRegression
+
+import byol
+import lars
+import resnet_norms
+
+HERE = Path(__file__).parent
+TIMING = {"images_per_s"}
+TINY = "--width 4 --size 16 --stem cifar --batch-size 8 --log-every 2".split()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """40 training and 20 test images of ten classes, and 5 unlabeled ones, as PNG files."""
+    root = tmp_path_factory.mktemp("images")
+    for split, per_class in (("train", 4), ("test", 2)):
+        images, labels = byol.draw_shapes(per_class, np.random.default_rng(per_class))
+        for i, (image, label) in enumerate(zip(images, labels)):
+            path = root / split / f"class{label}"
+            path.mkdir(parents=True, exist_ok=True)
+            TF.to_pil_image(image).save(path / f"{i:03}.png")
+    (root / "unlabeled").mkdir()
+    for i in range(5):
+        TF.to_pil_image(images[i]).save(root / "unlabeled" / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    return byol.load_shapes()
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def command(*flags):
+    return [sys.executable, str(HERE / "byol.py"), *map(str, flags)]
+
+
+def log(out):
+    """The lines of a run's log without what is allowed to differ between equal runs."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------- resnet_norms
+
+
+def test_resnet_equals_torchvision():
+    theirs = torchvision.models.resnet18()
+    theirs.fc = nn.Identity()
+    ours = resnet_norms.resnet18("bn", 64, "imagenet")
+    fresh = {name: t.clone() for name, t in ours.state_dict().items()}
+    assert list(fresh) == list(theirs.state_dict())
+    for name, t in theirs.state_dict().items():         # the same initialisation, drawn with other random numbers
+        if t.ndim == 4:
+            assert fresh[name].std().item() == pytest.approx(t.std().item(), rel=0.05)
+            assert abs(fresh[name].mean()) < 5 * t.std() / t.numel() ** 0.5
+        else:
+            assert torch.equal(fresh[name], t)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for mode in (True, False):
+        assert torch.equal(ours.train(mode)(x), theirs.train(mode)(x))
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("norm", ["bn", "gn", "gn+ws", "none"])
+@pytest.mark.parametrize("width", [3, 16])
+def test_resnet_shapes_and_gradients(norm, width, stem):
+    net = resnet_norms.resnet18(norm, width, stem)
+    y = net(torch.randn(2, 3, 32, 32))
+    assert y.shape == (2, 8 * width)
+    y.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize("norm", ["gn", "gn+ws", "none"])
+def test_no_batch_statistics_without_bn(norm):
+    net = resnet_norms.resnet18(norm, 8, "cifar").double()
+    x = torch.randn(4, 3, 16, 16).double()
+    assert torch.allclose(net(x)[:1], net(x[:1]), rtol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [dict(norm="ln"), dict(stem="vit"), dict(width=0)])
+def test_resnet_refuses(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        resnet_norms.resnet18(**bad)
+
+
+def test_group_norm_groups():
+    groups = {c: resnet_norms.group_norm(c).num_groups for c in (1, 3, 12, 16, 48, 64, 128, 512)}
+    assert groups == {1: 1, 3: 1, 12: 6, 16: 8, 48: 24, 64: 32, 128: 32, 512: 32}
+
+
+def test_weight_standardization():
+    conv = resnet_norms.WSConv2d(3, 5, 3, padding=1).double()
+    x = torch.randn(2, 3, 8, 8).double()
+    out = conv(x)
+    w = conv.weight
+    standard = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), correction=0, keepdim=True)
+    assert torch.allclose(out, F.conv2d(x, standard, conv.bias, padding=1))
+    out.square().sum().backward()
+    gradient = conv.weight.grad.flatten(1)
+    assert gradient.abs().sum() > 1
+    # the output does not depend on a channel's mean or scale, so the gradient has no part along either
+    assert gradient.sum(1).abs().max() < 1e-8 * gradient.abs().max()
+    assert (gradient * w.flatten(1)).sum(1).abs().max() < 1e-8 * gradient.abs().max()
+    with torch.no_grad():
+        scale = 10.0 ** torch.arange(-8, 12, 4)[:, None, None, None]
+        conv.weight.add_(torch.randn(5, 1, 1, 1)).mul_(scale)
+    assert torch.allclose(conv(x), out, rtol=1e-6)
+    nn.init.constant_(conv.weight, 0.3)
+    conv.zero_grad()
+    conv(x).square().sum().backward()
+    assert torch.allclose(conv(x), conv.bias[:, None, None].expand(2, 5, 8, 8))
+    assert torch.isfinite(conv.weight.grad).all()
+
+
+# ---------------------------------------------------------------------------------------------------- lars
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4), nn.LayerNorm(4))
+
+
+def run_steps(model, optimizer, steps, first=0):
+    for step in range(first, first + steps):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) ** 3).mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
+def test_lars_off_is_sgd(momentum, weight_decay):
+    ours, theirs = small_model(), small_model()
+    run_steps(ours, lars.LARS([dict(params=ours.parameters(), lars=False)], 0.1, momentum, weight_decay), 7)
+    run_steps(theirs, torch.optim.SGD(theirs.parameters(), 0.1, momentum, weight_decay=weight_decay), 7)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
+def test_lars_follows_the_formula(weight_decay):
+    w = nn.Parameter(torch.randn(5, 7))
+    optimizer = lars.LARS([("w", w)], lr=0.3, momentum=0.9, weight_decay=weight_decay, eta=2e-3)
+    expected, buffer = w.detach().double(), torch.zeros(5, 7).double()
+    for _ in range(4):
+        w.grad = torch.randn(5, 7)
+        g = w.grad.double()
+        local = 2e-3 * expected.norm() / (g.norm() + weight_decay * expected.norm())
+        buffer = 0.9 * buffer + local * (g + weight_decay * expected)
+        expected = expected - 0.3 * buffer
+        optimizer.step()
+        assert optimizer.rates["w"].item() == pytest.approx(local.item(), rel=1e-5)
+        assert torch.allclose(w.double(), expected, rtol=1e-5)
+
+
+def test_lars_zero_norms_have_rate_one():
+    zero_weight, zero_grad = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+    optimizer = lars.LARS([zero_weight, zero_grad], lr=0.5, weight_decay=0.1)
+    zero_weight.grad, zero_grad.grad = torch.ones(3), torch.zeros(3)
+    optimizer.step()
+    assert [rate.item() for rate in optimizer.rates.values()] == [1, 1] and list(optimizer.rates) == [0, 1]
+    assert torch.equal(zero_weight, torch.full((3,), -0.5))
+    assert torch.allclose(zero_grad, torch.full((3,), 1 - 0.5 * 0.1))
+
+
+def test_lars_resumes_from_state_dict():
+    straight, resumed = small_model(), small_model()
+    make = lambda model: lars.LARS(lars.param_groups(model, 1e-3), 0.1)
+    run_steps(straight, make(straight), 6)
+    first = make(resumed)
+    run_steps(resumed, first, 3)
+    second = make(resumed)
+    second.load_state_dict(first.state_dict())
+    run_steps(resumed, second, 3, first=3)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+
+
+def test_lars_is_a_torch_optimizer():
+    used, unused, late = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    optimizer = lars.LARS([used, unused], lr=1.0, momentum=0.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (used * torch.tensor([3.0, 4.0])).sum() + sum(p.sum() for p in (late,) if late.requires_grad and added)
+        loss.backward()
+        return loss
+
+    added = []
+    assert optimizer.step(closure).item() == 7
+    step = 1e-3 * math.sqrt(2) / 5
+    assert torch.allclose(used, torch.tensor([1 - 3 * step, 1 - 4 * step]))
+    assert torch.equal(unused, torch.ones(2)) and unused not in optimizer.state
+    schedule.step()
+    added.append(True)
+    optimizer.add_param_group(dict(params=[late], lars=False, lr=0.25))
+    optimizer.step(closure)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert torch.equal(late, torch.full((2,), 0.75)) and set(optimizer.rates) == {0}
+
+
+@pytest.mark.parametrize("bad", [dict(lr=-1), dict(lr=math.nan), dict(lr=1, eta=-1), dict(lr=1, momentum=math.inf)])
+def test_lars_refuses(bad):
+    with pytest.raises(ValueError, match=list(bad)[-1]):
+        lars.LARS([nn.Parameter(torch.ones(1))], **bad)
+
+
+def test_param_groups():
+    model = small_model()
+
+    def described(**flags):
+        groups = lars.param_groups(model, 0.1, **flags)
+        return {name: (g["lars"], g["weight_decay"], g["lr_mult"]) for g in groups for name, _ in g["params"]}
+
+    names = [name for name, _ in model.named_parameters()]
+    plain, weights = (False, 0.0, 1), {"0.weight", "3.weight"}
+    assert described() == {n: (True, 0.1, 1) if n in weights else plain for n in names}
+    assert described(lars_layers=None) == {n: (False, 0.1, 1) for n in names}
+    one = described(lars_layers="^3", lr_mult={"^0": 10, "weight": 2})
+    assert one["3.weight"] == (True, 0.1, 2) and one["0.weight"] == (False, 0.1, 20) and one["0.bias"] == (False, 0, 10)
+    for flags in (dict(lars_layers="bias"), dict(lars_layers="["), dict(lr_mult={"nothing": 2})):
+        with pytest.raises(ValueError, match="regular expression|found in no layer"):
+            lars.param_groups(model, 0.1, **flags)
+
+
+def test_param_groups_of_the_networks_find_every_norm():
+    args = byol.parse_arguments(["--enc-norm", "gn", "--proj-norm", "ln", "--pred-norm", "bn"])
+    for group in lars.param_groups(byol.Network(args), 0.1):
+        assert all((p.ndim > 1) == group["lars"] == (group["weight_decay"] > 0) for _, p in group["params"])
+
+
+@pytest.mark.parametrize("name", ["lars", "resnet_norms"])
+def test_copied_alone(name, tmp_path):
+    text = (HERE / f"{name}.py").read_text()
+    (tmp_path / f"{name}.py").write_text(text)
+    code = f"import sys; sys.modules['torchvision'] = sys.modules['numpy'] = None; import {name}, torch"
+    if name == "lars":
+        code += "; m = torch.nn.Linear(2, 2); o = lars.LARS(lars.param_groups(m, 1e-6), 0.2)"
+        code += "; m(torch.ones(1, 2)).sum().backward(); o.step(); assert set(o.rates) == {'weight'}"
+    else:
+        code += "; assert resnet_norms.resnet18('gn+ws', 8, 'cifar')(torch.ones(1, 3, 16, 16)).shape == (1, 64)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+# ---------------------------------------------------------------------------------------------------- views
+
+
+def random_view(n=6, side=32, size=48):
+    images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    params, order = byol.draw_view(n, side, size, torch.Generator().manual_seed(2))
+    return images, params, order
+
+
+@pytest.mark.parametrize("size", [16, 32, 75])
+def test_resized_crop_is_torchvisions(size):
+    images, params, _ = random_view(40)
+    x = images / 255
+    ours = byol.resized_crop(x, params["start"], params["extent"], params["flip"], size)
+    for i in range(len(x)):
+        top, left, height, width = (int(v) for v in (*params["start"][i], *params["extent"][i]))
+        theirs = TF.resized_crop(x[i], top, left, height, width, [size, size], antialias=True)
+        theirs = TF.hflip(theirs) if params["flip"][i] else theirs
+        assert (ours[i] - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", list(byol.JITTER))
+def test_jitter_is_torchvisions(name):
+    x = torch.rand(64, 3, 9, 11)
+    x[0], x[1, 1], x[2] = 0.5, x[1, 0], torch.tensor([0.0, 1.0, 1.0])[:, None, None]     # grey, ties, a corner
+    factor = torch.empty(64).uniform_(*byol.JITTER[name])
+    ours = byol.jitter(x, {name: factor}, [name])
+    theirs = torch.stack([getattr(TF, f"adjust_{name}")(x[i], factor[i].item()) for i in range(64)])
+    assert (ours - theirs).abs().max() < 2e-5
+
+
+def test_blur_is_torchvisions():
+    x, sigma = torch.rand(8, 3, 96, 96), torch.linspace(0.1, 2, 8)
+    ours = byol.gaussian_blur(x, sigma)
+    theirs = torch.stack([TF.gaussian_blur(x[i], [13, 13], [sigma[i].item()] * 2) for i in range(8)])
+    assert (ours - theirs).abs().max() < 1e-5
+    assert torch.equal(byol.gaussian_blur(x, torch.zeros(8)), x)
+
+
+def test_view_is_the_composition_of_torchvisions():
+    images, params, order = random_view()
+    ours = byol.make_view(images, params, order, 48)
+    for i in range(len(images)):
+        top, left, height, width = (int(v) for v in (*params["start"][i], *params["extent"][i]))
+        x = TF.resized_crop(images[i] / 255, top, left, height, width, [48, 48], antialias=True)
+        x = TF.hflip(x) if params["flip"][i] else x
+        for name in order:
+            x = getattr(TF, f"adjust_{name}")(x, params[name][i].item())
+        x = TF.rgb_to_grayscale(x, 3) if params["gray"][i] else x
+        x = TF.gaussian_blur(x, [7, 7], [params["sigma"][i].item()] * 2) if params["sigma"][i] else x
+        assert (ours[i] - TF.normalize(x, byol.MEAN, byol.STD)).abs().max() < 1e-4
+
+
+def test_drawn_parameters_have_torchvisions_distribution():
+    n, side = 4000, 40
+    params, _ = byol.draw_view(n, side, 96, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    blank = torch.empty(3, side, side)
+    crops = np.array([torchvision.transforms.RandomResizedCrop.get_params(blank, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(n)])
+    ours = torch.cat([params["start"], params["extent"]], 1).numpy()
+    for column in range(4):
+        assert ks_2samp(ours[:, column], crops[:, column]).pvalue > 1e-3
+    assert ks_2samp(ours[:, 2] * ours[:, 3], crops[:, 2] * crops[:, 3]).pvalue > 1e-3
+    jitter = torchvision.transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    drawn = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)[1:] for _ in range(n)]
+    on = params["hue"] != 0
+    assert torch.equal(on, params["brightness"] != 1)
+    for i, name in enumerate(byol.JITTER):
+        assert ks_2samp(params[name][on].numpy(), np.array(drawn)[:, i]).pvalue > 1e-3
+    blurred = params["sigma"] > 0
+    sigmas = [torchvision.transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(n)]
+    assert ks_2samp(params["sigma"][blurred].numpy(), sigmas).pvalue > 1e-3
+    for applied, p in ((on, 0.8), (params["flip"], 0.5), (params["gray"], 0.2), (blurred, 0.5)):
+        assert applied.float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
+
+
+def test_views_depend_on_seed_and_step_alone():
+    draws = [byol.draw_view(3, 32, 32, byol.generator(seed, byol.VIEWS, step))[0]["start"] for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
+
+
+# ---------------------------------------------------------------------------------------------------- losses, EMA, metrics
+
+
+def test_losses_follow_their_formulas():
+    q1, q2, t1, t2 = torch.randn(4, 10, 16).double()
+    cos = F.cosine_similarity
+    assert byol.byol_loss(q1, t1).item() == pytest.approx((2 - 2 * cos(q1, t1)).mean().item())
+    queue = byol.unit(torch.randn(32, 16).double())
+    logits = torch.cat([cos(q1, t1)[:, None], cos(q1[:, None], queue[None], dim=2)], 1) / 0.2
+    assert byol.moco_loss(q1, t1, queue).item() == pytest.approx(F.cross_entropy(logits, torch.zeros(10).long()).item())
+    z = torch.cat([q1, q2])
+    total = 0
+    for i in range(20):
+        sims = torch.exp(cos(z[i : i + 1], z) / 0.2)
+        total -= torch.log(sims[(i + 10) % 20] / (sims.sum() - sims[i])).item() / 20
+    assert byol.simclr_loss(q1, q2).item() == pytest.approx(total)
+
+
+def test_loss_and_distance_survive_near_collapse():
+    base = torch.randn(1, 64).double()
+    q, t = base + 1e-5 * torch.randn(32, 64).double(), base + 1e-5 * torch.randn(32, 64).double()
+    exact = (2 - 2 * F.cosine_similarity(q, t)).mean().item()
+    assert byol.byol_loss(q.float(), t.float()).item() == pytest.approx(exact, rel=0.02)
+    distance = byol.collapse_metrics(*[x.float() for x in (q, q, t, t)])["rep_dist"]
+    pairs = torch.cat([1 - F.cosine_similarity(x[:, None], x[None], dim=2) for x in (q, t)]).sum() / (2 * 32 * 31)
+    assert distance == pytest.approx(pairs.item(), rel=0.02)
+
+
+def test_collapse_metrics():
+    y, z1, z2 = torch.randn(12, 40).abs(), torch.randn(12, 30) + 1, torch.randn(12, 30) + 1
+    metrics = byol.collapse_metrics(y, z1, y, z2)
+    off = ~torch.eye(12, dtype=torch.bool)
+    pairs = [F.cosine_similarity(z[:, None], z[None], dim=2)[off].mean().item() for z in (z1, z2)]
+    assert metrics["neg_cos"] == pytest.approx(sum(pairs) / 2, abs=1e-5)
+    assert metrics["rep_dist"] == pytest.approx(1 - sum(pairs) / 2, abs=1e-5)
+    assert metrics["pos_cos"] == pytest.approx(F.cosine_similarity(z1, z2).mean().item(), abs=1e-5)
+    assert metrics["y_std"] == pytest.approx(F.normalize(y).std(0).mean().item() * 40**0.5, rel=1e-5)
+    spread = byol.collapse_metrics(*[torch.eye(20)] * 4)
+    assert spread["y_rank"] == pytest.approx(20, rel=1e-4)
+    flat = byol.collapse_metrics(*[torch.ones(20, 20) + 1e-6 * torch.rand(20, 20)] * 4)
+    assert flat["y_rank"] == pytest.approx(1, abs=1e-3) and flat["z_std"] < 1e-5
+    wide = torch.randn(4000, 64)
+    assert byol.collapse_metrics(wide[:500], wide, wide[:500], wide)["z_std"] == pytest.approx(1, abs=0.02)
+
+
+def test_collapse_state():
+    def states(*distances):
+        state, seen = "untrained", []
+        for distance in distances:
+            state = byol.collapse_state(state, distance)
+            seen.append(state)
+        return seen
+
+    assert states(0.5, 0.02, 0.002) == ["healthy"] * 3
+    assert states(0.5, 9e-4, 0.009, 0.011, 0.002, 1e-4) == ["healthy", "collapsed", "collapsed", "recovered", "recovered", "collapsed"]
+
+
+def test_schedules():
+    rates = [byol.rate(step, 100, 2.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) == max(rates) and rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
+    taus = [byol.tau(step, 100, 0.9) for step in (0, 50, 100)]
+    assert taus == pytest.approx([0.9, 0.95, 1.0])
+
+
+def test_ema_moves_encoder_and_projection_alone():
+    online = byol.Network(byol.parse_arguments(["--width", "2"]))
+    target = byol.make_target(online)
+    before = {name: p.clone() for name, p in target.named_parameters()}
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(1)
+    byol.update_target(target, online, 0.75)
+    assert set(before) == {name for name, _ in online.named_parameters() if not name.startswith("prediction")}
+    for name, p in target.named_parameters():
+        assert not p.requires_grad and torch.allclose(p, before[name] + 0.25)
+
+
+# ---------------------------------------------------------------------------------------------------- linear evaluation
+
+
+def test_linear_accuracy_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 3000)
+    x = rng.normal(size=(3000, 40)) @ rng.normal(size=(40, 40)) * 0.3 + 0.2 * rng.normal(size=(5, 40))[labels] + 7
+    train, test = torch.tensor(x[:2000]).float(), torch.tensor(x[2000:]).float()
+    ours = byol.linear_accuracy(train, torch.tensor(labels[:2000]), test, torch.tensor(labels[2000:]))
+    scaled = (x - x[:2000].mean(0)) / (x[:2000] - x[:2000].mean(0)).std()
+    theirs = LogisticRegression(max_iter=5000, tol=1e-8).fit(scaled[:2000], labels[:2000])
+    assert 40 < ours < 99 and abs(ours - 100 * theirs.score(scaled[2000:], labels[2000:])) < 0.5
+    weight, bias = byol.fit_linear(torch.tensor(scaled[:2000]), torch.tensor(labels[:2000]))
+    assert np.abs(weight.T.numpy() - theirs.coef_).max() < 1e-2
+
+
+def test_rounding_noise_is_not_blown_up():
+    labels = torch.arange(10).repeat(100)
+    signal_ = F.one_hot(labels, 10).float() + 0.3 * torch.randn(1000, 10)
+    constant = 3 + torch.rand(1, 10)
+    full = byol.linear_accuracy(signal_, labels, signal_, labels)
+    collapsed = byol.linear_accuracy(constant + 1e-6 * signal_, labels, constant + 1e-6 * signal_, labels)
+    assert full > 90 and byol.linear_accuracy(constant + 1e-2 * signal_, labels, constant + 1e-2 * signal_, labels) > 90
+    weight, _ = byol.fit_linear(1e-3 * signal_.double(), labels)
+    assert weight.norm() < 100
+    assert collapsed < full
+
+
+def test_evaluation_refuses_a_changed_encoder(folder):
+    class Leaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += 1
+            return x.mean((2, 3))
+
+    images = byol.load_images(f"folder:{folder}", "", False, 16)
+    with pytest.raises(RuntimeError, match="changed the encoder"):
+        byol.evaluate(Leaky(), images, 16, "cpu")
+    encoder = resnet_norms.resnet18("bn", 4, "cifar")
+    assert 0 <= byol.evaluate(encoder, images, 16, "cpu") <= 100 and encoder.training
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+
+def test_shapes(shapes):
+    images = shapes
+    began = time.perf_counter()
+    again = byol.load_shapes()
+    assert time.perf_counter() - began < 5
+    assert images.train.shape == (10000, 3, 32, 32) and images.train.dtype == torch.uint8 and len(images.test) == 2000
+    assert images.train_labels.bincount().tolist() == [1000] * 10 and images.test_labels.bincount().tolist() == [200] * 10
+    assert all(torch.equal(a, b) for a, b in zip(images, again))
+    assert not torch.equal(images.train[:200], images.test[:200])
+    colours = [torch.cat([t.float().mean((2, 3)), t.float().std((2, 3))], 1) for t in (images.train, images.test)]
+    assert byol.linear_accuracy(colours[0], images.train_labels, colours[1], images.test_labels) < 25
+
+
+def test_stl10_in_its_binary_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)      # wants the real files' sums
+    root = tmp_path / "stl10_binary"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = {split: rng.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8) for split, n in (("train", 6), ("unlabeled", 5), ("test", 4))}
+    for split, x in pixels.items():
+        x.transpose(0, 1, 3, 2).tofile(root / f"{split}_X.bin")                                 # column-major on disk
+    for split, labels in (("train", [1, 2, 3, 10, 5, 6]), ("test", [4, 3, 2, 1])):
+        np.array(labels, dtype=np.uint8).tofile(root / f"{split}_y.bin")
+    (root / "class_names.txt").write_text("\n".join("abcdefghij"))
+    (root / "fold_indices.txt").write_text("0 1\n")
+    images = byol.load_images("stl10", tmp_path, False, 96)
+    assert torch.equal(images.train, torch.tensor(pixels["train"])) and torch.equal(images.test, torch.tensor(pixels["test"]))
+    assert torch.equal(images.pretrain, torch.tensor(np.concatenate([pixels["train"], pixels["unlabeled"]])))
+    assert images.train_labels.tolist() == [0, 1, 2, 9, 4, 5] and images.test_labels.tolist() == [3, 2, 1, 0]
+
+
+def test_cifar10_in_its_pickle_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_load_meta", lambda self: None)
+    root = tmp_path / "cifar-10-batches-py"
+    root.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 2, 3072), dtype=np.uint8)
+    for x, name in zip(pixels, [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
+        (root / name).write_bytes(pickle.dumps({"data": x, "labels": [3, 4]}))
+    images = byol.load_images("cifar10", tmp_path, False, 32)
+    assert torch.equal(images.train, torch.tensor(pixels[:5].reshape(10, 3, 32, 32))) and images.pretrain.data_ptr() == images.train.data_ptr()
+    assert images.train_labels.tolist() == [3, 4] * 5 and torch.equal(images.test, torch.tensor(pixels[5].reshape(2, 3, 32, 32)))
+
+
+def test_folder(folder):
+    images = byol.load_images(f"folder:{folder}", "", False, 16)
+    assert images.train.shape == (40, 3, 32, 32) and len(images.pretrain) == 45 and len(images.test) == 20
+    drawn, labels = byol.draw_shapes(4, np.random.default_rng(4))
+    assert torch.equal(images.train, drawn) and torch.equal(images.train_labels, labels)
+
+
+def test_folder_of_mixed_sizes_and_modes(tmp_path, capsys):
+    for split in ("train", "test"):
+        for i, (mode, size) in enumerate((("L", (40, 30)), ("RGBA", (32, 32)), ("P", (20, 50)), ("RGB", (32, 32)))):
+            path = tmp_path / split / f"c{i % 2}"
+            path.mkdir(parents=True, exist_ok=True)
+            TF.to_pil_image(torch.full((3, *size[::-1]), 102, dtype=torch.uint8)).convert(mode).save(path / f"{i}.png")
+    images = byol.load_images(f"folder:{tmp_path}", "", False, 24)
+    assert images.train.shape == (4, 3, 24, 24) and "24 x 24" in capsys.readouterr().out
+    assert torch.equal(images.train, torch.full_like(images.train, 102))
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("flags", [
+    "--enc-norm bn --mlp-norm bn",
+    "--enc-norm gn --mlp-norm none --opt lars --lars-layers encoder.layer[12] --lr-mult projection=3",
+    "--enc-norm gn+ws --proj-norm ln --pred-norm gn --loss byol",
+    "--enc-norm none --mlp-norm none --loss moco",
+    "--loss simclr --opt lars --epochs 1",
+])
+def test_run_writes_what_it_promises(flags, folder, tmp_path):
+    flags = [*TINY, "--data", f"folder:{folder}", *flags.split()]
+    flags += [] if "--epochs" in flags else ["--steps", "5", "--eval-every", "3"]
+    for out in ("a", "b"):
+        assert byol.main([*flags, "--out", str(tmp_path / out)]) == 0
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+    for name in ("encoder.pt",):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    lines = log(tmp_path / "a")
+    training, evaluations = [l for l in lines if "loss" in l], [l for l in lines if "accuracy" in l]
+    assert [l["step"] for l in training] == [1, 2, 4, 5] and [l["step"] for l in evaluations] == ([5] if "--epochs" in flags else [3, 5])
+    assert all(set(l) == {"step", "accuracy", "state"} for l in evaluations)
+    names = set("step epoch loss lr ema pos_cos neg_cos rep_dist z_std y_std y_rank layers".split())
+    layers = ["stem", "layer1", "layer2", "layer3", "layer4", "projection"] + ["prediction"] * ("--loss moco" not in " ".join(flags) and "simclr" not in flags)
+    for line in training:
+        assert set(line) == names and list(line["layers"]) == layers
+        for layer, values in line["layers"].items():
+            assert values["grad_norm"] > 0 and values["weight_norm"] > 0 and values["max_over_rms"] > 1
+            adapted = "lars" in flags and ("--lars-layers" not in flags or layer in ("layer1", "layer2"))
+            assert (values["lars_rate"] is not None) == adapted
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["flags"]["lr"] == 0.2 and config["flags"]["steps"] == 5 and config["versions"]["torch"] == torch.__version__
+    assert sorted(os.listdir(tmp_path / "a")) == ["config.json", "encoder.pt", "metrics.jsonl"]
+    encoder = resnet_norms.resnet18(config["flags"]["enc_norm"], 4, "cifar")
+    encoder.load_state_dict(torch.load(tmp_path / "a" / "encoder.pt", weights_only=True))
+
+
+def test_random_features(folder, tmp_path):
+    assert byol.main([*TINY, "--data", f"folder:{folder}", "--steps", "0", "--out", str(tmp_path / "r")]) == 0
+    (line,) = log(tmp_path / "r")
+    assert line["step"] == 0 and line["state"] == "untrained"
+    torch.manual_seed(0)
+    fresh = resnet_norms.resnet18("bn", 4, "cifar").state_dict()
+    saved = torch.load(tmp_path / "r" / "encoder.pt", weights_only=True)
+    assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
+
+
+def test_encoder_loads_into_torchvision(folder, tmp_path):
+    flags = "--width 64 --size 16 --stem imagenet --batch-size 4 --steps 1".split()
+    assert byol.main([*flags, "--data", f"folder:{folder}", "--out", str(tmp_path / "r")]) == 0
+    theirs = torchvision.models.resnet18()
+    missing = theirs.load_state_dict(torch.load(tmp_path / "r" / "encoder.pt", weights_only=True), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+
+
+def test_killed_and_resumed_is_never_killed(folder, tmp_path):
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 400 --eval-every 90 --checkpoint-every 7 --loss moco --opt lars --enc-norm bn".split()]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run(command(*flags, "--out", straight), check=True, stdout=subprocess.DEVNULL)
+    rng, kills = random.Random(0), 0
+    while kills < 10:
+        run = subprocess.Popen(command(*flags, "--out", killed), stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            if line.startswith("step"):
+                break
+        time.sleep(rng.uniform(0, 0.25))
+        run.send_signal(signal.SIGKILL)
+        if run.wait() == 0:
+            break
+        kills += 1
+    assert kills == 10, f"the run ended after {kills} kills"
+    subprocess.run(command(*flags, "--out", killed), check=True, stdout=subprocess.DEVNULL)
+    assert log(straight) == log(killed)
+    assert (straight / "encoder.pt").read_bytes() == (killed / "encoder.pt").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_leaves_a_checkpoint(number, folder, tmp_path):
+    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "100000", "--out", tmp_path / "r"]
+    run = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith("step"):
+        pass
+    run.send_signal(number)
+    out, err = run.communicate()
+    assert run.returncode == 128 + number and err == "" and "resumes the run" in out
+    checkpoint = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)
+    assert 0 < checkpoint["step"] < 100000
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, status, *flags):
+    """The one line that the script prints on stderr when it refuses `flags`."""
+    with pytest.raises(SystemExit) as end:
+        byol.main([str(flag) for flag in flags])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == status and len(lines) == 1 and lines[0].startswith("byol.py: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--widht 4", "--widht"),
+    ("--enc-norm ln", "--enc-norm"),
+    ("--opt adam", "--opt"),
+    *((f"{flag} {value}", flag) for flag in "--width --size --batch-size --lr --log-every --checkpoint-every".split() for value in ("0", "-1", "x", "nan")),
+    *((f"{flag} -1", flag) for flag in "--steps --epochs --seed --weight-decay --ema --warmup --eval-every".split()),
+    ("--ema 1.5", "--ema"), ("--lr inf", "--lr"), ("--width 3.5", "--width"), ("--width 100000", "--width"),
+    ("--steps 5 --epochs 5", "--epochs"),
+    ("--opt lars --lars-layers [", "--lars-layers"), ("--opt lars --lars-layers layer7", "layer7"),
+    ("--lars-layers layer1", "--lars-layers"),
+    ("--lr-mult layer1", "--lr-mult"), ("--lr-mult layer7=2", "layer7"), ("--lr-mult (=2", "--lr-mult"), ("--lr-mult layer1=x", "--lr-mult"),
+    ("--data imagenet", "--data"), ("--data folder:/nowhere/at/all", "folder:/nowhere/at/all"),
+    ("--data cifar10 --data-dir nowhere", "--download"), ("--data stl10 --data-dir nowhere", "--download"),
+    ("--data fashion-mnist --data-dir nowhere", "--download"),
+    ("--batch-size 10001", "--batch-size"), ("--size 129", "--size"), ("--loss moco --batch-size 2049", "--batch-size"),
+    ("--device tpu", "--device"), ("--device cuda:99", "--device"),
+])
+def test_wrong_usage(flags, word, shapes, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(byol, "load_shapes", lambda: shapes)        # drawn once for all of these
+    assert word in refused(capsys, 2, *flags.split(), "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_folders(folder, tmp_path, capsys):
+    def refuse(status, name):
+        return refused(capsys, status, *TINY, "--data", f"folder:{tmp_path / name}", "--out", tmp_path / "out")
+
+    def picture(path, colour=0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TF.to_pil_image(torch.full((3, 32, 32), colour, dtype=torch.uint8)).save(path)
+
+    (tmp_path / "empty").mkdir()
+    assert "train" in refuse(2, "empty")
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    assert "train" in refuse(2, "bare")
+    for split in ("train", "test"):
+        picture(tmp_path / "single" / split / "cat" / "0.png")
+        for name in ("cat", "dog"):
+            picture(tmp_path / "odd" / split / name / "0.png")
+            picture(tmp_path / "broken" / split / name / "0.png")
+    assert "one class, cat" in refuse(2, "single")
+    picture(tmp_path / "odd" / "test" / "eel" / "0.png")
+    assert "eel" in refuse(2, "odd")
+    (tmp_path / "broken" / "train" / "dog" / "1.png").write_bytes(b"\x89PNG not really")
+    assert "1.png" in refuse(1, "broken")
+    half = (tmp_path / "broken" / "test" / "cat" / "0.png").read_bytes()
+    (tmp_path / "broken" / "train" / "dog" / "1.png").write_bytes(half[: len(half) // 2])
+    assert "1.png" in refuse(1, "broken")
+
+
+def test_bad_run_folders(folder, tmp_path, capsys):
+    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "4"]
+    (tmp_path / "file").write_text("mine")
+    assert "--out" in refused(capsys, 2, *flags, "--out", tmp_path / "file")
+    assert "--out" in refused(capsys, 2, *flags, "--out", tmp_path / "file" / "below")
+    assert "neither empty nor" in refused(capsys, 2, *flags, "--out", tmp_path)
+    assert (tmp_path / "file").read_text() == "mine"
+    out = tmp_path / "run"
+    byol.main([*map(str, flags), "--out", str(out)])
+    lines, encoder = log(out), (out / "encoder.pt").read_bytes()
+    assert byol.main([*map(str, flags), "--out", str(out)]) == 0 and "finished" in capsys.readouterr().out
+    assert "--lr 0.2" in refused(capsys, 2, *flags, "--lr", "0.1", "--out", out)
+    for content in (b"", encoder[:1000], encoder, pickle.dumps(print)):
+        (out / "checkpoint.pt").write_bytes(content)
+        assert "checkpoint.pt" in refused(capsys, 1, *flags, "--out", out)
+    assert log(out) == lines and (out / "encoder.pt").read_bytes() == encoder
+
+
+def test_diverging_run(folder, tmp_path, capsys):
+    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "500", "--lr", "1e6", "--out", tmp_path / "run"]
+    assert "diverged" in refused(capsys, 1, *flags)
