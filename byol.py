@@ -11,6 +11,7 @@ linear evaluation, checkpoint, training. A run is one folder, and the same comma
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -41,10 +42,11 @@ JITTER = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4),
 BLUR_SIGMA, BLUR_REACH = (0.1 / 96, 2.0 / 96), 6 / 96            # sigma and kernel radius over the view's side
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, per channel
 COLLAPSED, RECOVERED = 1e-3, 1e-2    # representation distances, see collapse_state
-OPTIMIZERS = {                       # defaults of --lr, --weight-decay, --warmup
-    "sgd": dict(lr=0.2, weight_decay=1e-4, warmup=0.0),          # the blog's code
-    "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.01),      # the BYOL paper: 10 of 1000 epochs of warm-up
+OPTIMIZERS = {                       # defaults per optimizer
+    "sgd": dict(lr=0.2, weight_decay=1e-4, warmup=0.0),                          # the blog's code
+    "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.1, lars_layers=".*"),    # the BYOL paper; its warm-up: README
 }
+MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": group_norm, "none": lambda features: nn.Identity()}
 ORDER, VIEWS = 0, 1                  # what a random stream is for
 
 
@@ -71,8 +73,8 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or value > high or math.isinf(value):
-            bound = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        if not (low <= value <= high) or math.isinf(value) or above and value == low:
+            bound = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bound}")
         return value
 
@@ -87,34 +89,30 @@ def regex_factor(text):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="byol.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="byol.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(2, message)
-    add = parser.add_argument
+    add, mlp_norms = parser.add_argument, list(MLP_NORMS)
     add("--enc-norm", choices=["bn", "gn", "gn+ws", "none"], default="bn", help="norm of the encoder (bn)")
-    mlp_norms = ["bn", "ln", "gn", "none"]
     add("--mlp-norm", choices=mlp_norms, default="bn", help="norm of projection and prediction (bn)")
     add("--proj-norm", choices=mlp_norms, help="norm of the projection (--mlp-norm)")
     add("--pred-norm", choices=mlp_norms, help="norm of the prediction (--mlp-norm)")
     add("--width", type=number(int, 1, 512), default=16, help="channels of layer1; y has 8 times as many (16)")
-    add("--stem", choices=["imagenet", "cifar"], default="imagenet",
-        help="7x7 stride 2 and max-pool, or 3x3 stride 1 (imagenet)")
-    add("--loss", choices=["byol", "moco", "simclr"], default="byol",
-        help="byol; moco: InfoNCE against a queue; simclr: InfoNCE in the batch (byol)")
+    add("--stem", choices=["imagenet", "cifar"], default="imagenet", help="7x7/2 and max-pool, or 3x3 (imagenet)")
+    add("--loss", choices=["byol", "moco", "simclr"], default="byol", help="moco: a queue; simclr: the batch (byol)")
     add("--ema", type=number(float, 0, 1), default=0.996, help="target's share kept per step, cosine to 1 (0.996)")
     add("--opt", choices=list(OPTIMIZERS), default="sgd", help="optimizer, momentum 0.9 (sgd)")
     add("--lr", type=number(float, 0, above=True), help="the rate, not scaled by the batch; cosine to 0 (0.2)")
-    add("--warmup", type=number(float, 0, 1), help="share of the run with linear warm-up (sgd 0, lars 0.01)")
+    add("--warmup", type=number(float, 0, 1), help="share of the run with linear warm-up (sgd 0, lars 0.1)")
     add("--weight-decay", type=number(float, 0), help="(sgd 1e-4 on all, lars 1.5e-6 on weights)")
     add("--lars-layers", metavar="REGEX", help="with --opt lars: layers that get LARS, the rest SGD (all)")
     add("--lr-mult", metavar="REGEX=FACTOR", type=regex_factor, action="append", default=[],
         help="multiply the rate of the layers in which REGEX is found; repeatable")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(int, 0), help="optimizer steps (1000); 0: random features")
+    length.add_argument("--steps", type=number(int, 0), help="optimizer steps (1200); 0: random features")
     length.add_argument("--epochs", type=number(int, 0), help="length in passes over the images instead")
     add("--batch-size", type=number(int, 2), default=64, help="images per step (64)")
-    add("--size", type=number(int, 8), default=64, help="side of the views in pixels (64)")
+    add("--size", type=number(int, 8), default=32, help="side of the views in pixels (32)")
     add("--data", default="shapes", help="shapes, cifar10, stl10, fashion-mnist or folder:DIR (shapes)")
     add("--data-dir", default="data", help="where cifar10, stl10 and fashion-mnist lie (data)")
     add("--download", action="store_true", help="download the data set if it is not there")
@@ -126,14 +124,12 @@ def parse_arguments(argv):
     add("--out", help="folder of the run (runs/ and the flags given)")
     args = parser.parse_args(argv)
 
-    for name, value in OPTIMIZERS[args.opt].items():
+    if args.lars_layers is not None and args.opt != "lars":
+        stop(2, "--lars-layers needs --opt lars")
+    derived = OPTIMIZERS[args.opt] | {"proj_norm": args.mlp_norm, "pred_norm": args.mlp_norm}
+    for name, value in derived.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.opt == "lars":
-        args.lars_layers = ".*" if args.lars_layers is None else args.lars_layers
-    elif args.lars_layers is not None:
-        stop(2, "--lars-layers needs --opt lars")
-    args.proj_norm, args.pred_norm = args.proj_norm or args.mlp_norm, args.pred_norm or args.mlp_norm
     if args.loss == "moco" and 2 * args.batch_size > QUEUE:
         stop(2, f"--batch-size: two views of {args.batch_size} images do not fit moco's queue of {QUEUE}")
     try:
@@ -160,130 +156,110 @@ class Images(NamedTuple):
 
 
 def box(x, y, a, b):
-    return np.maximum(np.abs(x) - a, np.abs(y) - b)
+    return torch.maximum(x.abs() - a, y.abs() - b)
 
 
-FORMS = {  # signed distances, negative inside, for coordinates in which the form about fills [-1, 1]
-    "disc": lambda x, y: np.hypot(x, y) - 0.8,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.65) - 0.18,
-    "square": lambda x, y: box(x, y, 0.7, 0.7),
-    "frame": lambda x, y: np.abs(box(x, y, 0.6, 0.6)) - 0.15,
-    "triangle": lambda x, y: np.maximum(0.87 * np.abs(x) + 0.5 * y, -y) - 0.42,
-    "cross": lambda x, y: np.minimum(box(x, y, 0.9, 0.25), box(x, y, 0.25, 0.9)),
-    "bars": lambda x, y: box(np.abs(x) - 0.5, y, 0.2, 0.85),
-    "star": lambda x, y: np.hypot(x, y) - 0.55 - 0.33 * np.cos(5 * np.arctan2(y, x)),
-    "half disc": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, y - 0.1),
-    "quarters": lambda x, y: np.maximum(box(x, y, 0.8, 0.8), np.where(x * y > 0, -1, 1) * np.minimum(np.abs(x), np.abs(y))),
+FORMS = {  # signed distances, negative inside; every form has area 1.2 and fits [-1, 1] x [-1, 1]
+    "disc": lambda x, y: torch.hypot(x, y) - 0.618,
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.53).abs() - 0.18,
+    "square": lambda x, y: box(x, y, 0.548, 0.548),
+    "frame": lambda x, y: box(x, y, 0.55, 0.55).abs() - 0.136,
+    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() + 0.5 * y, -y) - 0.482,
+    "cross": lambda x, y: torch.minimum(box(x, y, 0.8, 0.216), box(x, y, 0.216, 0.8)),
+    "bars": lambda x, y: box(x.abs() - 0.5, y, 0.19, 0.79),
+    "star": lambda x, y: torch.hypot(x, y) - 0.569 - 0.341 * torch.cos(5 * torch.atan2(y, x)),
+    "half disc": lambda x, y: torch.maximum(torch.hypot(x, y + 0.3) - 0.81, y + 0.2),
+    "quarters": lambda x, y: torch.maximum(box(x, y, 0.775, 0.775), -torch.sign(x * y) * torch.minimum(x.abs(), y.abs())),
 }
 
 
-def draw_shapes(per_class, rng, side=32):
+def draw_shapes(per_class, seed, side=32):
     """`per_class` images of each of FORMS: uint8 (N, 3, side, side), labels (N,).
 
-    Every image repeats one form over a background. Form alone makes the class: size, angle, position, both colours,
-    the stripes of the object and of the background and the noise are drawn alike for all classes.
+    An image is a lattice of copies of one form, and the form alone makes the class. The lattice's pitch and position,
+    the copies' size, tilt and colours, the mottled background and the noise are drawn alike for all classes. Within an image they vary, so that two crops of it share the form and little else.
     """
-    grid = (np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1
-    images, n = [], per_class
+    n, rng = per_class, torch.Generator().manual_seed(seed)
+    grid = (torch.arange(side) + 0.5) / side * 2 - 1
+    images = []
 
     def uniform(low, high, *shape):
-        return rng.uniform(low, high, (n, *(shape or (1, 1)))).astype(np.float32)
-
-    def stripes():
-        angle, frequency, phase = uniform(0, np.pi), uniform(2, 9), uniform(0, 2 * np.pi)
-        return np.sin(frequency * (np.cos(angle) * grid + np.sin(angle) * grid[:, None]) + phase)[:, None]
+        return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
     for distance in FORMS.values():
-        angle, pitch = uniform(-0.5, 0.5), uniform(0.8, 1.3)
-        dx, dy = grid - uniform(-1, 1), grid[:, None] - uniform(-1, 1)
-        u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
-        u, v = ((t / pitch + 0.5) % 1 - 0.5 for t in (u, v))
-        radius = uniform(0.36, 0.46)
-        edge = distance(u / radius, v / radius) * radius * pitch * side / 2
-        inside = np.clip(0.5 - edge, 0, 1)[:, None]
-        colours = uniform(0, 1, 2, 3, 1, 1)
-        ground = colours[:, 0] + uniform(0, 0.25, 1, 1, 1) * stripes()
-        figure = colours[:, 1] + uniform(0, 0.25, 1, 1, 1) * stripes()
-        gap = (colours[:, 1] - colours[:, 0]).mean(1, keepdims=True)
-        figure += np.where(np.abs(gap) < 0.25, np.copysign(0.25, gap) - gap, 0)      # the form stays visible in grey
-        image = ground + inside * (figure - ground) + rng.normal(0, 0.03, (n, 3, side, side))
-        images.append(np.uint8(np.clip(image, 0, 1) * 255))
-    return torch.from_numpy(np.concatenate(images)), torch.arange(len(FORMS)).repeat_interleave(n)
+        pitch, radius = uniform(0.62, 0.68, 1, 1), uniform(0.44, 0.5, 1, 1)
+        x, y = (grid - uniform(-1, 1, 1, 1)) / pitch, (grid[:, None] - uniform(-1, 1, 1, 1)) / pitch
+        copy_ = ((y.round() + 4) * 9 + x.round() + 4).long().flatten(1)             # of 9 x 9, at least what is in sight
+        colour = torch.where(uniform(0, 1, 1, 81) < 0.5, uniform(0, 0.3, 3, 81), uniform(0.7, 1, 3, 81))
+        colour = colour.gather(2, copy_[:, None].expand(n, 3, -1)).view(n, 3, side, side)
+        tilt = uniform(-0.25, 0.25, 81).gather(1, copy_).view(n, side, side)
+        x, y = (x - x.round()) / radius, (y - y.round()) / radius
+        edge = distance(tilt.cos() * x + tilt.sin() * y, tilt.cos() * y - tilt.sin() * x) * radius * pitch * side / 2
+        ground = F.interpolate(uniform(0.4, 0.6, 3, 4, 4), side, mode="bilinear")
+        image = torch.lerp(ground, colour, (0.5 - edge).clamp(0, 1)[:, None])
+        images.append(((image + 0.03 * torch.randn(image.shape, generator=rng)).clamp(0, 1) * 255).byte())
+    return torch.cat(images), torch.arange(len(FORMS)).repeat_interleave(n)
 
 
 def load_shapes():
-    train, train_labels = draw_shapes(1000, np.random.default_rng(0))
-    return Images(train, train, train_labels, *draw_shapes(200, np.random.default_rng(1)))
+    train, train_labels = draw_shapes(1000, seed=0)
+    return Images(train, train, train_labels, *draw_shapes(200, seed=1))
 
 
 def load_torchvision(name, root, download):
-    """cifar10, stl10 or fashion-mnist, through torchvision and into NCHW."""
+    """cifar10, stl10 or fashion-mnist, read by torchvision."""
+    datasets = torchvision.datasets
 
-    def read(split):
+    def read(train):
         try:
             if name == "stl10":
-                return torchvision.datasets.STL10(root, split, download=download)
-            kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.FashionMNIST
-            return kind(root, train=split != "test", download=download)
+                data = datasets.STL10(root, "train+unlabeled" if train else "test", download=download)
+                return torch.from_numpy(data.data), torch.from_numpy(data.labels).long()
+            data = (datasets.CIFAR10 if name == "cifar10" else datasets.FashionMNIST)(root, train, download=download)
         except (RuntimeError, OSError) as error:
             if download:
                 stop(1, f"--data {name}: cannot download to {root}: {error}")
             stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
+        x = torch.from_numpy(data.data).permute(0, 3, 1, 2) if name == "cifar10" else data.data[:, None].repeat(1, 3, 1, 1)
+        return x.contiguous(), torch.as_tensor(data.targets)
 
-    def pixels(dataset):
-        if name == "stl10":
-            return torch.from_numpy(dataset.data)
-        if name == "cifar10":
-            return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-        return dataset.data[:, None].repeat(1, 3, 1, 1)
-
-    def labels(dataset):
-        return torch.as_tensor(dataset.labels if name == "stl10" else dataset.targets).long()
-
-    train, test = read("train+unlabeled" if name == "stl10" else "train"), read("test")
-    images, targets = pixels(train), labels(train)
-    labelled = int((targets >= 0).sum())            # stl10's unlabeled images carry -1 and stand last
-    return Images(images, images[:labelled], targets[:labelled], pixels(test), labels(test))
+    pretrain, labels = read(train=True)
+    labelled = int((labels >= 0).sum())             # stl10's unlabeled images have label -1 and stand last
+    return Images(pretrain, pretrain[:labelled], labels[:labelled], *read(train=False))
 
 
 def load_folder(root, size):
     """DIR/train/CLASS/*, DIR/test/CLASS/* and, for pre-training only, DIR/unlabeled/*: any format Pillow reads.
 
-    Square images of one size stay as they are; otherwise each is resized, its shorter side to `size`, and centre-cropped.
+    Square images of one size stay as they are; else each is resized, its shorter side to `size`, and centre-cropped.
     """
-    datasets = torchvision.datasets
-    splits = {}
-    for split in ("train", "test"):
-        try:
-            splits[split] = datasets.ImageFolder(os.path.join(root, split))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            stop(2, f"--data folder:{root}: {error}; it needs {split}/CLASS/* images")
-    if len(splits["train"].classes) < 2:
-        stop(2, f"--data folder:{root}: train has one class, {splits['train'].classes[0]}; the evaluation needs two")
-    if splits["train"].classes != splits["test"].classes:
-        odd = sorted(set(splits["train"].classes) ^ set(splits["test"].classes))
-        stop(2, f"--data folder:{root}: class {odd[0]} is in one of train and test only")
-    paths = {split: [path for path, _ in dataset.samples] for split, dataset in splits.items()}
-    unlabeled = Path(root, "unlabeled")
-    paths["unlabeled"] = sorted(str(p) for p in unlabeled.glob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    folder = torchvision.datasets.folder
+    try:
+        train, test = (folder.ImageFolder(os.path.join(root, split)) for split in ("train", "test"))
+    except OSError as error:
+        stop(2, f"--data folder:{root}: {error}; it needs train/CLASS/* and test/CLASS/* images")
+    if len(train.classes) < 2:
+        stop(2, f"--data folder:{root}: train has one class, {train.classes[0]}; the evaluation needs two")
+    for name in set(train.classes) ^ set(test.classes):
+        stop(2, f"--data folder:{root}: class {name} is in one of train and test only")
+    unlabeled = sorted(p for p in Path(root, "unlabeled").glob("*") if p.suffix.lower() in folder.IMG_EXTENSIONS)
 
     def read(path):
         try:
-            return datasets.folder.pil_loader(path)     # converts any mode to RGB
+            return folder.pil_loader(path)          # converts any mode to RGB
         except (OSError, SyntaxError, ValueError) as error:
             stop(1, f"--data folder:{root}: cannot read image {path}: {error}")
 
-    pictures = {split: [read(path) for path in paths[split]] for split in ("train", "unlabeled", "test")}
-    sizes = {picture.size for split in pictures.values() for picture in split}
-    transform = torchvision.transforms.PILToTensor()
-    if len(sizes) > 1 or len(set(next(iter(sizes)))) > 1:
-        print(f"{len(sizes)} image size(s), not one square: each image resized and cropped to {size} x {size}")
-        resize, crop = torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size)
-        transform = torchvision.transforms.Compose([resize, crop, transform])
-    images = {s: torch.stack([transform(p) for p in pictures[s]]) for s in pictures if pictures[s]}
-    pretrain = torch.cat([images[s] for s in ("train", "unlabeled") if s in images])
-    targets = {s: torch.tensor(splits[s].targets) for s in splits}
-    return Images(pretrain, pretrain[: len(paths["train"])], targets["train"], images["test"], targets["test"])
+    splits = [[read(path) for path in paths] for paths in
+              ([path for path, _ in train.samples] + unlabeled, [path for path, _ in test.samples])]
+    sizes = {picture.size for pictures in splits for picture in pictures}
+    transform = [torchvision.transforms.PILToTensor()]
+    if len(sizes) > 1 or len(set(*sizes)) > 1:
+        print(f"images of {len(sizes)} size(s), not one square: each resized and cropped to {size} x {size}")
+        transform = [torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size), *transform]
+    transform = torchvision.transforms.Compose(transform)
+    pretrain, tests = (torch.stack([transform(picture) for picture in pictures]) for pictures in splits)
+    return Images(pretrain, pretrain[: len(train)], torch.tensor(train.targets), tests, torch.tensor(test.targets))
 
 
 def load_images(data, data_dir, download, size):
@@ -403,12 +379,12 @@ def gaussian_blur(images, sigma):
     return separable(images, matrix, matrix)
 
 
-def make_view(images, params, order, size, layout=torch.contiguous_format):
+def make_view(images, params, order, size):
     """One random view of each uint8 image: (N, 3, side, side) -> float (N, 3, size, size), normalized."""
     x = resized_crop(images / 255, params["start"], params["extent"], params["flip"], size)
     x = jitter(x, params, order)
     x = torch.where(params["gray"][:, None, None, None], grayscale(x), x)
-    return normalize(gaussian_blur(x, params["sigma"])).contiguous(memory_format=layout)
+    return normalize(gaussian_blur(x, params["sigma"]))
 
 
 def normalize(images):
@@ -417,14 +393,6 @@ def normalize(images):
 
 
 # ---------------------------------------------------------------------------------------------------- networks
-
-
-MLP_NORMS = {
-    "bn": nn.BatchNorm1d,
-    "ln": nn.LayerNorm,
-    "gn": group_norm,
-    "none": lambda features: nn.Identity(),
-}
 
 
 def mlp(features, norm):
@@ -449,11 +417,13 @@ class Network(nn.Module):
         return y, z, self.prediction(z)
 
 
-def make_target(online):
-    """The slowly moving copy: encoder and projection. It stays in train mode, so BN uses the batch's statistics and
-    its running averages, which the EMA does not touch, are never read."""
+def make_target(online, loss):
+    """The slowly moving copy: encoder and projection, and moco's queue. It stays in train mode, so BN uses the batch's
+    statistics, and its running averages, which the EMA does not touch, are never read."""
     target = copy.deepcopy(online).requires_grad_(False)
     target.prediction = nn.Identity()
+    if loss == "moco":
+        target.register_buffer("queue", unit(torch.randn(QUEUE, PROJECTION)))
     return target
 
 
@@ -530,11 +500,9 @@ def collapse_state(state, rep_dist):
     A run is `collapsed` once the distance falls under COLLAPSED, and `recovered` when it then rises over RECOVERED;
     a run that never collapsed is `healthy`. The gap between the two keeps noise from flipping the state.
     """
-    if rep_dist < COLLAPSED:
+    if rep_dist < COLLAPSED or state == "collapsed" and rep_dist <= RECOVERED:
         return "collapsed"
-    if state == "collapsed":
-        return "recovered" if rep_dist > RECOVERED else "collapsed"
-    return "recovered" if state == "recovered" else "healthy"
+    return "recovered" if state in ("collapsed", "recovered") else "healthy"
 
 
 LAYERS = {"stem": "encoder.conv1.", **{f"layer{i}": f"encoder.layer{i}." for i in (1, 2, 3, 4)},
@@ -645,31 +613,27 @@ def write_whole(path, write):
 
 def describe(args, argv):
     """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
-    here = Path(__file__).resolve().parent
-
-    def git(*words):
-        try:
-            return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else None
+    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    models = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()]
     return {
         "flags": {name: value for name, value in vars(args).items() if name != "out"},
         "command": shlex.join(["python", "byol.py", *argv]),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__},
-        "commit": git("rev-parse", "HEAD"),
-        "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": {"machine": platform.machine(), "cpu": model.group(1) if model else platform.processor(),
-                     "threads": torch.get_num_threads(),
+        "commit": commit,
+        "hardware": {"machine": platform.machine(), "cpu": models[0], "threads": torch.get_num_threads(),
                      "gpu": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None},
     }
 
 
 def open_run(out, config):
-    """Make or enter the run's folder. Returns its checkpoint (None at a fresh start) and whether the run is finished."""
-    files = {name: os.path.join(out, name) for name in ("config.json", "metrics.jsonl", "encoder.pt", "checkpoint.pt")}
+    """Make the run's folder, or enter it if it holds this very run. Returns whether that run is finished."""
+    path = os.path.join(out, "config.json")
     try:
         os.makedirs(out, exist_ok=True)
         present = [name for name in os.listdir(out) if not name.endswith(".tmp")]
@@ -677,28 +641,36 @@ def open_run(out, config):
             stop(2, f"--out {out}: neither empty nor a run's folder (it holds {present[0]})")
         if not present:
             text = json.dumps(config, indent=1).encode() + b"\n"
-            write_whole(files["config.json"], lambda file: file.write(text))
+            write_whole(path, lambda file: file.write(text))
     except OSError as error:
         stop(2, f"--out {out}: {error.strerror}")
     try:
-        flags = json.loads(Path(files["config.json"]).read_text())["flags"]
-    except (ValueError, KeyError, TypeError):
-        stop(1, f"{files['config.json']} is damaged; remove the folder to start again")
-    ours = json.loads(json.dumps(config["flags"]))
-    for name in ours:
-        if flags.get(name) != ours[name]:
-            flag = "--" + name.replace("_", "-")
-            stop(2, f"--out {out} holds a run with {flag} {flags.get(name)}, not {ours[name]}: give another --out")
-    if not os.path.exists(files["checkpoint.pt"]):
-        return None, os.path.exists(files["encoder.pt"])
+        theirs = json.loads(Path(path).read_text())["flags"]
+        differing = [n for n, value in json.loads(json.dumps(config["flags"])).items() if theirs.get(n) != value]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        stop(1, f"{path} is damaged; remove the folder to start again")
+    for name in differing:
+        flag = "--" + name.replace("_", "-")
+        stop(2, f"--out {out} holds a run with {flag} {theirs.get(name)}, not {config['flags'][name]}: give another --out")
+    return "encoder.pt" in present and "checkpoint.pt" not in present
+
+
+def save_checkpoint(path, parts, **progress):
+    content = progress | {name: part.state_dict() for name, part in parts.items()}
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path, parts):
+    """Fill `parts`, {name: network or optimizer}; returns (step, state, log_bytes), those of the start without a file."""
+    if not os.path.exists(path):
+        return 0, "untrained", 0
     try:
-        checkpoint = torch.load(files["checkpoint.pt"], map_location="cpu", weights_only=True)
-        if not set(checkpoint) == {"step", "log_bytes", "state", "online", "target", "optimizer", "queue"}:
-            raise ValueError("it lacks parts of a checkpoint")
-    except Exception as error:      # torch.load raises nearly anything on a damaged file
-        reason = f"{type(error).__name__}: {error}"[:100]
-        stop(1, f"{files['checkpoint.pt']} cannot be resumed from ({reason}); remove it to start again")
-    return checkpoint, False
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+        return content["step"], content["state"], content["log_bytes"]
+    except Exception as error:      # torch.load and load_state_dict raise nearly anything on a damaged or foreign file
+        stop(1, f"cannot resume from {path} ({type(error).__name__}: {str(error)[:80]}); remove it to start again")
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -717,159 +689,152 @@ def tau(step, steps, base):
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train_step(online, target, optimizer, queue, loss_name, views, step):
-    """One optimizer step on two views; returns the loss and both views' (y, z)."""
-    y1, z1, q1 = online(views[0])       # one pass a view: in a joint batch BN would mix the views' statistics
-    y2, z2, q2 = online(views[1])
-    if loss_name == "simclr":
-        loss = simclr_loss(q1, q2)
+@functools.lru_cache(maxsize=1)
+def image_order(n, seed, epoch):
+    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
+
+
+def draw_views(images, step, args):
+    """Both views of the batch of step 0, 1, ...: two float tensors (batch, 3, size, size) on the device."""
+    epoch, batch = divmod(step, len(images) // args.batch_size)
+    chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size : (batch + 1) * args.batch_size]
+    x, rng, views = images[chosen].to(args.device), generator(args.seed, VIEWS, step), []
+    for _ in range(2):
+        params, order = draw_view(len(x), x.shape[-1], args.size, rng)
+        params = {name: t.to(args.device, non_blocking=True) for name, t in params.items()}
+        views.append(make_view(x, params, order, args.size).contiguous(memory_format=memory_format(args)))
+    return views
+
+
+def train_step(online, target, optimizer, loss_name, views, step):
+    """One optimizer step on two views; returns the loss and both views' y and z."""
+    (y1, z1, q1), (y2, z2, q2) = (online(view) for view in views)     # a joint pass would mix the views' BN statistics
+    with torch.no_grad():
+        t1, t2 = (target(view)[1] for view in views) if loss_name != "simclr" else (None, None)
+    if loss_name == "byol":
+        loss = byol_loss(q1, t2) + byol_loss(q2, t1)
+    elif loss_name == "moco":
+        loss = (moco_loss(q1, t2, target.queue) + moco_loss(q2, t1, target.queue)) / 2
     else:
-        with torch.no_grad():
-            t1, t2 = (target(view)[1] for view in views)
-        if loss_name == "byol":
-            loss = byol_loss(q1, t2) + byol_loss(q2, t1)
-        else:
-            loss = (moco_loss(q1, t2, queue) + moco_loss(q2, t1, queue)) / 2
-            place = (torch.arange(2 * len(t1), device=t1.device) + step * 2 * len(t1)) % QUEUE
-            queue = queue.index_copy(0, place, unit(torch.cat([t1, t2])))
+        loss = simclr_loss(q1, q2)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.detach(), queue, (y1, z1, y2, z2)
+    if loss_name == "moco":
+        place = (torch.arange(2 * len(t1), device=t1.device) + step * 2 * len(t1)) % QUEUE
+        target.queue.index_copy_(0, place, unit(torch.cat([t1, t2])))
+    return loss.detach(), (y1, z1, y2, z2)
 
 
-def restore(checkpoint, path, online, target, optimizer, queue):
-    """Load a checkpoint into the networks, the optimizer and the queue; refuses one from another run."""
-    try:
-        online.load_state_dict(checkpoint["online"])
-        target.load_state_dict(checkpoint["target"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        queue.copy_(checkpoint["queue"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        stop(1, f"{path} is not this run's ({str(error).splitlines()[0]}); remove it to start again")
+def report(line, args, state, left):
+    print(f"step {line['step']:>6} {line['step'] / args.steps:>4.0%} left {int(left // 60)}m{int(left % 60):02}s"
+          f"  loss {line['loss']:.3g}  rate {line['lr']:.3g}  cos pos {line['pos_cos']:.4f} diff {line['neg_cos']:.4f}"
+          f"  distance {line['rep_dist']:.1e}  std z {line['z_std']:.2g} y {line['y_std']:.2g}"
+          f"  rank y {line['y_rank']:.1f}  {line['images_per_s']:.0f} img/s  {state}", flush=True)
 
 
-def report(line, steps, state, left):
-    left = f"{left / 60:.0f}m{left % 60:02.0f}s"
-    print(f"step {line['step']:>6} {line['step'] / steps:>4.0%} left {left:>6}  loss {line['loss']:.3g}"
-          f"  rate {line['lr']:.3g}  cos pos {line['pos_cos']:.4f} diff {line['neg_cos']:.4f}"
-          f"  distance {line['rep_dist']:.2e}  std z {line['z_std']:.2g} y {line['y_std']:.2g}  rank y {line['y_rank']:.1f}"
-          f"  {line['images_per_s']:.0f} img/s  {state}", flush=True)
-
-
-def train(args, images, online, target, optimizer, queue, checkpoint, layout):
-    """Train from `checkpoint` (None: from the start) to the end. Returns the last evaluation line, or the signal that
-    stopped the run."""
-    log_path, checkpoint_path = (os.path.join(args.out, name) for name in ("metrics.jsonl", "checkpoint.pt"))
-    side, per_epoch = images.pretrain.shape[-1], len(images.pretrain) // args.batch_size
-    start, state, log = 0, "untrained", open(log_path, "ab")
-    if checkpoint:
-        restore(checkpoint, checkpoint_path, online, target, optimizer, queue)
-        start, state = checkpoint["step"], checkpoint["state"]
-    log.truncate(checkpoint["log_bytes"] if checkpoint else 0)
+def train(args, images, online, target, optimizer):
+    """Train to the end, from the checkpoint if there is one. Returns the signal that stopped the run, or 0."""
+    checkpoint, parts = os.path.join(args.out, "checkpoint.pt"), dict(online=online, target=target, optimizer=optimizer)
+    start, state, log_bytes = load_checkpoint(checkpoint, parts)
+    log = open(os.path.join(args.out, "metrics.jsonl"), "ab")
+    log.truncate(log_bytes)             # what a killed run wrote after its last checkpoint comes again
+    if start:
+        print(f"resumed at step {start}")
 
     def write_line(line):
         log.write(json.dumps(line).encode() + b"\n")
         log.flush()
 
     def evaluation(step):
-        line = {"step": step, "accuracy": evaluate(online.encoder, images, args.size, args.device), "state": state}
-        write_line(line)
-        print(f"step {step:>6} linear accuracy on test {line['accuracy']:.2f} %, {state}", flush=True)
-        return line
-
-    def save_checkpoint(step):
-        content = dict(step=step, log_bytes=log.tell(), state=state, online=online.state_dict(),
-                       target=target.state_dict(), optimizer=optimizer.state_dict(), queue=queue)
-        write_whole(checkpoint_path, lambda file: torch.save(content, file))
+        accuracy = evaluate(online.encoder, images, args.size, args.device)
+        write_line({"step": step, "accuracy": accuracy, "state": state})
+        print(f"step {step:>6} linear accuracy on test {accuracy:.2f} %, {state}", flush=True)
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    last = evaluation(0) if args.steps == 0 else None
-    order, began, clock, clock_step = None, time.perf_counter(), time.perf_counter(), start
+    if args.steps == 0:
+        evaluation(0)
+    began = clock = time.perf_counter()
+    clock_step = start
     for step in range(start, args.steps):
-        epoch, batch = divmod(step, per_epoch)
-        if order is None or batch == 0:
-            order = torch.randperm(len(images.pretrain), generator=generator(args.seed, ORDER, epoch))
-        chosen = images.pretrain[order[batch * args.batch_size : (batch + 1) * args.batch_size]].to(args.device)
-        rng, views = generator(args.seed, VIEWS, step), []
-        for _ in range(2):
-            params, jitter_order = draw_view(len(chosen), side, args.size, rng)
-            params = {name: t.to(args.device, non_blocking=True) for name, t in params.items()}
-            views.append(make_view(chosen, params, jitter_order, args.size, layout))
+        views = draw_views(images.pretrain, step, args)
         lr, ema = rate(step, args.steps, args.lr, args.warmup), tau(step, args.steps, args.ema)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        loss, queue, outputs = train_step(online, target, optimizer, queue, args.loss, views, step)
+        loss, outputs = train_step(online, target, optimizer, args.loss, views, step)
         update_target(target, online, ema)
 
         done = step + 1
-        logging = done == 1 or done % args.log_every == 0 or done == args.steps
-        saving = done < args.steps and (done % args.checkpoint_every == 0 or signals)
-        if (logging or saving) and not math.isfinite(loss):         # reads the loss: the device is waited for
+        ends, logs = done == args.steps, done == 1 or done % args.log_every == 0
+        saves = not ends and (done % args.checkpoint_every == 0 or signals)
+        if (logs or saves or ends) and not math.isfinite(loss):      # the one place that waits for the device
             stop(1, f"the loss is {loss.item()} at step {done}: the run diverged; try a lower --lr")
-        if logging:
-            line = {"step": done, "epoch": done / per_epoch, "loss": loss.item(), "lr": lr, "ema": ema}
-            line |= collapse_metrics(*outputs)
-            now = time.perf_counter()
-            line["images_per_s"] = (done - clock_step) * args.batch_size / (now - clock)
-            line["layers"] = layer_metrics(online, optimizer)
-            state = collapse_state(state, line["rep_dist"])
+        if logs or ends:
+            metrics, now = collapse_metrics(*outputs), time.perf_counter()
+            state = collapse_state(state, metrics["rep_dist"])
+            line = {"step": done, "epoch": done * args.batch_size / len(images.pretrain), "loss": loss.item(), "lr": lr,
+                    "ema": ema, **metrics, "images_per_s": (done - clock_step) * args.batch_size / (now - clock),
+                    "layers": layer_metrics(online, optimizer)}
             write_line(line)
-            report(line, args.steps, state, (now - began) / (done - start) * (args.steps - done))
-        if done == args.steps or args.eval_every and done % args.eval_every == 0:
-            last = evaluation(done)
-        if logging:
+            report(line, args, state, (now - began) / (done - start) * (args.steps - done))
+        if ends or args.eval_every and done % args.eval_every == 0:
+            evaluation(done)
+        if logs:
             clock, clock_step = time.perf_counter(), done
-        if saving:
-            save_checkpoint(done)
-        if signals and done < args.steps:
+        if saves:
+            save_checkpoint(checkpoint, parts, step=done, state=state, log_bytes=log.tell())
+        if signals and not ends:
             return signals[0]
-    return last
+    return 0
+
+
+def memory_format(args):
+    """The layout in which the encoder's norm runs faster on a CPU."""
+    return torch.channels_last if args.enc_norm == "bn" else torch.contiguous_format
 
 
 def main(argv):
     args = parse_arguments(argv)
     images = load_images(args.data, args.data_dir, args.download, args.size)
-    side = images.pretrain.shape[-1]
-    if args.batch_size > len(images.pretrain):
-        stop(2, f"--batch-size {args.batch_size}: the data has {len(images.pretrain)} images")
+    n, side = len(images.pretrain), images.pretrain.shape[-1]
+    if args.batch_size > n:
+        stop(2, f"--batch-size {args.batch_size}: the data has {n} images")
     if args.size > 4 * side:
         stop(2, f"--size {args.size}: more than four times the images' {side} pixels")
     if args.epochs is not None:
-        args.steps = args.epochs * (len(images.pretrain) // args.batch_size)
+        args.steps = args.epochs * (n // args.batch_size)
     elif args.steps is None:
-        args.steps = 1000
+        args.steps = 1200
 
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(args.seed)
-    layout = torch.channels_last if args.enc_norm == "bn" else torch.contiguous_format      # the faster one for the norm
-    online = Network(args).to(args.device, memory_format=layout)
-    target = make_target(online)
-    queue = unit(torch.randn(QUEUE, PROJECTION)).to(args.device)
+    online = Network(args)
+    target = make_target(online, args.loss)
+    for network in (online, target):
+        network.to(args.device, memory_format=memory_format(args))
     try:
         groups = param_groups(online, args.weight_decay, args.lars_layers, dict(args.lr_mult))
     except ValueError as error:
         stop(2, f"--lars-layers or --lr-mult: {error}")
     optimizer = LARS(groups, args.lr) if args.opt == "lars" else torch.optim.SGD(groups, args.lr, momentum=0.9)
 
-    checkpoint, finished = open_run(args.out, describe(args, argv))
-    if finished:
+    if open_run(args.out, describe(args, argv)):
         print(f"{args.out} holds this run, finished; remove the folder to run it again")
         return 0
+    print(f"{n:,} images of {args.data}, {args.steps} steps of {args.batch_size}, into {args.out}")
     for group in optimizer.param_groups:
-        print(f"{sum(p.numel() for p in group['params']):>9,} parameters: LARS {'on' if group['lars'] else 'off'},"
-              f" weight decay {group['weight_decay']:g}, rate x {group['lr_mult']:g}")
-    print(f"{len(images.pretrain):,} images of {args.data}, {args.steps} steps, into {args.out}"
-          + (f", resumed at step {checkpoint['step']}" if checkpoint else ""))
-    last = train(args, images, online, target, optimizer, queue, checkpoint, layout)
-    if isinstance(last, int):
-        print(f"stopped by {signal.Signals(last).name}; the same command resumes the run", flush=True)
-        return 128 + last
-    state_dict = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
-    write_whole(os.path.join(args.out, "encoder.pt"), lambda file: torch.save(state_dict, file))
+        size = sum(p.numel() for p in group["params"])
+        print(f"{size:,} parameters: LARS {'on' if group['lars'] else 'off'}, weight decay {group['weight_decay']:g}, "
+              f"rate x {group['lr_mult']:g}", flush=True)
+    stopped_by = train(args, images, online, target, optimizer)
+    if stopped_by:
+        print(f"stopped by {signal.Signals(stopped_by).name}; the same command resumes the run", flush=True)
+        return 128 + stopped_by
+    encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
+    write_whole(os.path.join(args.out, "encoder.pt"), lambda file: torch.save(encoder, file))
     Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
     return 0
 
