@@ -47,6 +47,7 @@ OPTIMIZERS = {                       # defaults per optimizer
     "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.1, lars_layers=".*"),    # the BYOL paper; its warm-up: README
 }
 MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": group_norm, "none": lambda features: nn.Identity()}
+PRINTED = ("loss", "lr", "pos_cos", "neg_cos", "rep_dist", "z_std", "y_std", "y_rank", "images_per_s")
 ORDER, VIEWS = 0, 1                  # what a random stream is for
 
 
@@ -62,7 +63,7 @@ def generator(seed, stream, index):
     return torch.Generator().manual_seed(int(state[0]))
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------ arguments
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -142,7 +143,7 @@ def parse_arguments(argv):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------ images
 
 
 class Images(NamedTuple):
@@ -177,7 +178,8 @@ def draw_shapes(per_class, seed, side=32):
     """`per_class` images of each of FORMS: uint8 (N, 3, side, side), labels (N,).
 
     An image is a lattice of copies of one form, and the form alone makes the class. The lattice's pitch and position,
-    the copies' size, tilt and colours, the mottled background and the noise are drawn alike for all classes. Within an image they vary, so that two crops of it share the form and little else.
+    the copies' size, tilt and colours, the mottled background and the noise are drawn alike for all classes. Tilt and
+    colours vary within an image too, so that two crops share the form and little else.
     """
     n, rng = per_class, torch.Generator().manual_seed(seed)
     grid = (torch.arange(side) + 0.5) / side * 2 - 1
@@ -187,23 +189,18 @@ def draw_shapes(per_class, seed, side=32):
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
     for distance in FORMS.values():
-        pitch, radius = uniform(0.62, 0.68, 1, 1), uniform(0.44, 0.5, 1, 1)
+        pitch, radius = uniform(0.62, 0.72, 1, 1), uniform(0.44, 0.5, 1, 1)
         x, y = (grid - uniform(-1, 1, 1, 1)) / pitch, (grid[:, None] - uniform(-1, 1, 1, 1)) / pitch
         copy_ = ((y.round() + 4) * 9 + x.round() + 4).long().flatten(1)             # of 9 x 9, at least what is in sight
-        colour = torch.where(uniform(0, 1, 1, 81) < 0.5, uniform(0, 0.3, 3, 81), uniform(0.7, 1, 3, 81))
+        colour = torch.where(uniform(0, 1, 1, 81) < uniform(0, 1, 1, 1), uniform(0, 0.3, 3, 81), uniform(0.7, 1, 3, 81))
         colour = colour.gather(2, copy_[:, None].expand(n, 3, -1)).view(n, 3, side, side)
         tilt = uniform(-0.25, 0.25, 81).gather(1, copy_).view(n, side, side)
         x, y = (x - x.round()) / radius, (y - y.round()) / radius
         edge = distance(tilt.cos() * x + tilt.sin() * y, tilt.cos() * y - tilt.sin() * x) * radius * pitch * side / 2
-        ground = F.interpolate(uniform(0.4, 0.6, 3, 4, 4), side, mode="bilinear")
+        ground = F.interpolate(uniform(0.4, 0.6, 3, 3, 3), side, mode="bilinear")
         image = torch.lerp(ground, colour, (0.5 - edge).clamp(0, 1)[:, None])
-        images.append(((image + 0.03 * torch.randn(image.shape, generator=rng)).clamp(0, 1) * 255).byte())
+        images.append(((image + 0.02 * torch.randn(image.shape, generator=rng)).clamp(0, 1) * 255).byte())
     return torch.cat(images), torch.arange(len(FORMS)).repeat_interleave(n)
-
-
-def load_shapes():
-    train, train_labels = draw_shapes(1000, seed=0)
-    return Images(train, train, train_labels, *draw_shapes(200, seed=1))
 
 
 def load_torchvision(name, root, download):
@@ -264,7 +261,8 @@ def load_folder(root, size):
 
 def load_images(data, data_dir, download, size):
     if data == "shapes":
-        return load_shapes()
+        train, labels = draw_shapes(1000, seed=0)
+        return Images(train, train, labels, *draw_shapes(200, seed=1))
     if data in ("cifar10", "stl10", "fashion-mnist"):
         return load_torchvision(data, data_dir, download)
     if data.startswith("folder:"):
@@ -272,7 +270,7 @@ def load_images(data, data_dir, download, size):
     stop(2, f"--data {data}: not shapes, cifar10, stl10, fashion-mnist or folder:DIR")
 
 
-# ---------------------------------------------------------------------------------------------------- views
+# ------------------------------------------------------------------------ views
 
 
 def draw_view(n, side, size, rng):
@@ -392,7 +390,7 @@ def normalize(images):
     return (images - mean) / std
 
 
-# ---------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------ networks
 
 
 def mlp(features, norm):
@@ -434,7 +432,7 @@ def update_target(target, online, tau):
     torch._foreach_lerp_(own, list(online.parameters())[: len(own)], 1 - tau)
 
 
-# ---------------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------ loss
 
 
 def unit(x):
@@ -463,7 +461,7 @@ def simclr_loss(q1, q2):
     return F.cross_entropy(logits, torch.arange(2 * n, device=q.device).roll(n))
 
 
-# ---------------------------------------------------------------------------------------------------- collapse metrics
+# ------------------------------------------------------------------------ collapse metrics
 
 
 @torch.no_grad()
@@ -530,7 +528,7 @@ def layer_metrics(online, optimizer):
     return layers
 
 
-# ---------------------------------------------------------------------------------------------------- linear evaluation
+# ------------------------------------------------------------------------ linear evaluation
 
 
 @torch.no_grad()
@@ -598,7 +596,7 @@ def evaluate(encoder, images, size, device):
     return accuracy
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoint
+# ------------------------------------------------------------------------ checkpoint
 
 
 def write_whole(path, write):
@@ -655,11 +653,6 @@ def open_run(out, config):
     return "encoder.pt" in present and "checkpoint.pt" not in present
 
 
-def save_checkpoint(path, parts, **progress):
-    content = progress | {name: part.state_dict() for name, part in parts.items()}
-    write_whole(path, lambda file: torch.save(content, file))
-
-
 def load_checkpoint(path, parts):
     """Fill `parts`, {name: network or optimizer}; returns (step, state, log_bytes), those of the start without a file."""
     if not os.path.exists(path):
@@ -673,7 +666,7 @@ def load_checkpoint(path, parts):
         stop(1, f"cannot resume from {path} ({type(error).__name__}: {str(error)[:80]}); remove it to start again")
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------ training
 
 
 def rate(step, steps, lr, warmup):
@@ -726,13 +719,6 @@ def train_step(online, target, optimizer, loss_name, views, step):
     return loss.detach(), (y1, z1, y2, z2)
 
 
-def report(line, args, state, left):
-    print(f"step {line['step']:>6} {line['step'] / args.steps:>4.0%} left {int(left // 60)}m{int(left % 60):02}s"
-          f"  loss {line['loss']:.3g}  rate {line['lr']:.3g}  cos pos {line['pos_cos']:.4f} diff {line['neg_cos']:.4f}"
-          f"  distance {line['rep_dist']:.1e}  std z {line['z_std']:.2g} y {line['y_std']:.2g}"
-          f"  rank y {line['y_rank']:.1f}  {line['images_per_s']:.0f} img/s  {state}", flush=True)
-
-
 def train(args, images, online, target, optimizer):
     """Train to the end, from the checkpoint if there is one. Returns the signal that stopped the run, or 0."""
     checkpoint, parts = os.path.join(args.out, "checkpoint.pt"), dict(online=online, target=target, optimizer=optimizer)
@@ -778,13 +764,17 @@ def train(args, images, online, target, optimizer):
                     "ema": ema, **metrics, "images_per_s": (done - clock_step) * args.batch_size / (now - clock),
                     "layers": layer_metrics(online, optimizer)}
             write_line(line)
-            report(line, args, state, (now - began) / (done - start) * (args.steps - done))
+            left = int((now - began) / (done - start) * (args.steps - done))
+            print(f"step {done}/{args.steps} {done / args.steps:.0%} left {left // 60}m{left % 60:02}s ",
+                  *(f"{name} {line[name]:.4g} " for name in PRINTED), state, flush=True)
         if ends or args.eval_every and done % args.eval_every == 0:
             evaluation(done)
         if logs:
             clock, clock_step = time.perf_counter(), done
         if saves:
-            save_checkpoint(checkpoint, parts, step=done, state=state, log_bytes=log.tell())
+            content = {name: part.state_dict() for name, part in parts.items()}
+            content |= dict(step=done, state=state, log_bytes=log.tell())
+            write_whole(checkpoint, lambda file: torch.save(content, file))
         if signals and not ends:
             return signals[0]
     return 0

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shapes():
-    return byol.load_shapes()
+    return byol.load_images("shapes", "", False, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -483,7 +483,7 @@ def test_evaluation_refuses_a_changed_encoder(folder):
 def test_shapes(shapes):
     images = shapes
     began = time.perf_counter()
-    again = byol.load_shapes()
+    again = byol.load_images("shapes", "", False, 32)
     assert time.perf_counter() - began < 5
     assert images.train.shape == (10000, 3, 32, 32) and images.train.dtype == torch.uint8 and len(images.test) == 2000
     assert images.train_labels.bincount().tolist() == [1000] * 10 and images.test_labels.bincount().tolist() == [200] * 10
@@ -661,7 +661,8 @@ def refused(capsys, status, *flags):
     ("--device tpu", "--device"), ("--device cuda:99", "--device"),
 ])
 def test_wrong_usage(flags, word, shapes, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(byol, "load_shapes", lambda: shapes)        # drawn once for all of these
+    drawn = {1000: (shapes.train, shapes.train_labels), 200: (shapes.test, shapes.test_labels)}
+    monkeypatch.setattr(byol, "draw_shapes", lambda n, seed: drawn[n])          # once for all of these
     assert word in refused(capsys, 2, *flags.split(), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
