@@ -44,7 +44,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, p
 COLLAPSED, RECOVERED = 1e-3, 1e-2    # representation distances, see collapse_state
 OPTIMIZERS = {                       # defaults per optimizer
     "sgd": dict(lr=0.2, weight_decay=1e-4, warmup=0.0),                          # the blog's code
-    "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.1, lars_layers=".*"),    # the BYOL paper; its warm-up: README
+    "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.2, lars_layers=".*"),    # the BYOL paper; its warm-up: README
 }
 MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": group_norm, "none": lambda features: nn.Identity()}
 PRINTED = ("loss", "lr", "pos_cos", "neg_cos", "rep_dist", "z_std", "y_std", "y_rank", "images_per_s")
@@ -104,7 +104,7 @@ def parse_arguments(argv):
     add("--ema", type=number(float, 0, 1), default=0.996, help="target's share kept per step, cosine to 1 (0.996)")
     add("--opt", choices=list(OPTIMIZERS), default="sgd", help="optimizer, momentum 0.9 (sgd)")
     add("--lr", type=number(float, 0, above=True), help="the rate, not scaled by the batch; cosine to 0 (0.2)")
-    add("--warmup", type=number(float, 0, 1), help="share of the run with linear warm-up (sgd 0, lars 0.1)")
+    add("--warmup", type=number(float, 0, 1), help="share of the run with linear warm-up (sgd 0, lars 0.2)")
     add("--weight-decay", type=number(float, 0), help="(sgd 1e-4 on all, lars 1.5e-6 on weights)")
     add("--lars-layers", metavar="REGEX", help="with --opt lars: layers that get LARS, the rest SGD (all)")
     add("--lr-mult", metavar="REGEX=FACTOR", type=regex_factor, action="append", default=[],
@@ -189,17 +189,17 @@ def draw_shapes(per_class, seed, side=32):
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
     for distance in FORMS.values():
-        pitch, radius = uniform(0.62, 0.72, 1, 1), uniform(0.44, 0.5, 1, 1)
+        pitch, radius = uniform(0.62, 0.68, 1, 1), uniform(0.44, 0.5, 1, 1)
         x, y = (grid - uniform(-1, 1, 1, 1)) / pitch, (grid[:, None] - uniform(-1, 1, 1, 1)) / pitch
         copy_ = ((y.round() + 4) * 9 + x.round() + 4).long().flatten(1)             # of 9 x 9, at least what is in sight
-        colour = torch.where(uniform(0, 1, 1, 81) < uniform(0, 1, 1, 1), uniform(0, 0.3, 3, 81), uniform(0.7, 1, 3, 81))
+        colour = torch.where(uniform(0, 1, 1, 81) < 0.5, uniform(0, 0.3, 3, 81), uniform(0.7, 1, 3, 81))
         colour = colour.gather(2, copy_[:, None].expand(n, 3, -1)).view(n, 3, side, side)
         tilt = uniform(-0.25, 0.25, 81).gather(1, copy_).view(n, side, side)
         x, y = (x - x.round()) / radius, (y - y.round()) / radius
         edge = distance(tilt.cos() * x + tilt.sin() * y, tilt.cos() * y - tilt.sin() * x) * radius * pitch * side / 2
-        ground = F.interpolate(uniform(0.4, 0.6, 3, 3, 3), side, mode="bilinear")
+        ground = F.interpolate(uniform(0.4, 0.6, 3, 4, 4), side, mode="bilinear")
         image = torch.lerp(ground, colour, (0.5 - edge).clamp(0, 1)[:, None])
-        images.append(((image + 0.02 * torch.randn(image.shape, generator=rng)).clamp(0, 1) * 255).byte())
+        images.append(((image + 0.03 * torch.randn(image.shape, generator=rng)).clamp(0, 1) * 255).byte())
     return torch.cat(images), torch.arange(len(FORMS)).repeat_interleave(n)
 
 

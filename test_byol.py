@@ -490,7 +490,7 @@ def test_shapes(shapes):
     assert all(torch.equal(a, b) for a, b in zip(images, again))
     assert not torch.equal(images.train[:200], images.test[:200])
     colours = [torch.cat([t.float().mean((2, 3)), t.float().std((2, 3))], 1) for t in (images.train, images.test)]
-    assert byol.linear_accuracy(colours[0], images.train_labels, colours[1], images.test_labels) < 25
+    assert byol.linear_accuracy(colours[0], images.train_labels, colours[1], images.test_labels) < 20
 
 
 def test_stl10_in_its_binary_format(tmp_path, monkeypatch):
@@ -598,7 +598,7 @@ def test_encoder_loads_into_torchvision(folder, tmp_path):
 
 
 def test_killed_and_resumed_is_never_killed(folder, tmp_path):
-    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 400 --eval-every 90 --checkpoint-every 7 --loss moco --opt lars --enc-norm bn".split()]
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 240 --eval-every 90 --checkpoint-every 7 --loss moco --opt lars --enc-norm bn".split()]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     subprocess.run(command(*flags, "--out", straight), check=True, stdout=subprocess.DEVNULL)
     rng, kills = random.Random(0), 0
