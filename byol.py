@@ -2,7 +2,7 @@
 
     python byol.py                                                           # the control: bn everywhere, SGD
     python byol.py --enc-norm gn --mlp-norm none                             # no batch statistics: collapses
-    python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2         # and LARS: does not stay collapsed
+    python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2         # and LARS, which turns the collapse
     python byol.py --data stl10 --download --width 64 --size 96 --batch-size 256 --epochs 320 --device cuda
 
 The script reads top to bottom in the order data flows: arguments, images, views, networks, loss, collapse metrics,
