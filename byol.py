@@ -1,4 +1,4 @@
-"""BYOL with and without batch statistics: does it collapse, and what brings it back? Results: results/README.md
+"""BYOL with and without batch statistics: does it collapse, and what brings it back? Results: README.md
 
     python byol.py                                                           # the control: bn everywhere, SGD
     python byol.py --enc-norm gn --mlp-norm none                             # no batch statistics: collapses
