@@ -574,7 +574,7 @@ def linear_accuracy(train, train_labels, test, test_labels):
     """Test accuracy in percent of a linear classifier on frozen features (N, d).
 
     Features are centred and divided by one common scale, their standard deviation over all images and features; but by
-    no less than 1e-3 of their rms, so that what rounding leaves of a collapsed encoder is not blown up.
+    no less than 1e-3 of their rms, so that a collapsed encoder's residue is not scaled to unit size (it still has a say).
     """
     train, test = train.double(), test.double()
     mean = train.mean(0)

@@ -448,18 +448,6 @@ def test_linear_accuracy_is_scikit_learns():
     assert np.abs(weight.T.numpy() - theirs.coef_).max() < 1e-2
 
 
-def test_rounding_noise_is_not_blown_up():
-    labels = torch.arange(10).repeat(100)
-    signal_ = F.one_hot(labels, 10).float() + 0.3 * torch.randn(1000, 10)
-    constant = 3 + torch.rand(1, 10)
-    full = byol.linear_accuracy(signal_, labels, signal_, labels)
-    collapsed = byol.linear_accuracy(constant + 1e-6 * signal_, labels, constant + 1e-6 * signal_, labels)
-    assert full > 90 and byol.linear_accuracy(constant + 1e-2 * signal_, labels, constant + 1e-2 * signal_, labels) > 90
-    weight, _ = byol.fit_linear(1e-3 * signal_.double(), labels)
-    assert weight.norm() < 100
-    assert collapsed < full
-
-
 def test_evaluation_refuses_a_changed_encoder(folder):
     class Leaky(nn.Module):
         def __init__(self):
@@ -558,8 +546,7 @@ def test_run_writes_what_it_promises(flags, folder, tmp_path):
     for out in ("a", "b"):
         assert byol.main([*flags, "--out", str(tmp_path / out)]) == 0
     assert log(tmp_path / "a") == log(tmp_path / "b")
-    for name in ("encoder.pt",):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / "encoder.pt").read_bytes() == (tmp_path / "b" / "encoder.pt").read_bytes()
     lines = log(tmp_path / "a")
     training, evaluations = [l for l in lines if "loss" in l], [l for l in lines if "accuracy" in l]
     assert [l["step"] for l in training] == [1, 2, 4, 5] and [l["step"] for l in evaluations] == ([5] if "--epochs" in flags else [3, 5])
