@@ -98,8 +98,8 @@ def parse_arguments(argv):
     add("--mlp-norm", choices=mlp_norms, default="bn", help="norm of projection and prediction (bn)")
     add("--proj-norm", choices=mlp_norms, help="norm of the projection (--mlp-norm)")
     add("--pred-norm", choices=mlp_norms, help="norm of the prediction (--mlp-norm)")
-    add("--width", type=number(int, 1, 512), default=16, help="channels of layer1; y has 8 times as many (16)")
-    add("--stem", choices=["imagenet", "cifar"], default="imagenet", help="7x7/2 and max-pool, or 3x3 (imagenet)")
+    add("--width", type=number(int, 1, 512), default=8, help="channels of layer1; y has 8 times as many (8)")
+    add("--stem", choices=["imagenet", "cifar"], default="cifar", help="7x7/2 and max-pool, or 3x3 (cifar)")
     add("--loss", choices=["byol", "moco", "simclr"], default="byol", help="moco: a queue; simclr: the batch (byol)")
     add("--ema", type=number(float, 0, 1), default=0.996, help="target's share kept per step, cosine to 1 (0.996)")
     add("--opt", choices=list(OPTIMIZERS), default="sgd", help="optimizer, momentum 0.9 (sgd)")
@@ -113,7 +113,7 @@ def parse_arguments(argv):
     length.add_argument("--steps", type=number(int, 0), help="optimizer steps (1200); 0: random features")
     length.add_argument("--epochs", type=number(int, 0), help="length in passes over the images instead")
     add("--batch-size", type=number(int, 2), default=64, help="images per step (64)")
-    add("--size", type=number(int, 8), default=32, help="side of the views in pixels (32)")
+    add("--size", type=number(int, 8), default=16, help="side of the views in pixels (16)")
     add("--data", default="shapes", help="shapes, cifar10, stl10, fashion-mnist or folder:DIR (shapes)")
     add("--data-dir", default="data", help="where cifar10, stl10 and fashion-mnist lie (data)")
     add("--download", action="store_true", help="download the data set if it is not there")
@@ -156,30 +156,29 @@ class Images(NamedTuple):
     test_labels: torch.Tensor
 
 
-def box(x, y, a, b):
-    return torch.maximum(x.abs() - a, y.abs() - b)
+def fold(t):
+    return t - 2 * (t / 2).round()
 
 
-FORMS = {  # signed distances, negative inside; every form has area 1.2 and fits [-1, 1] x [-1, 1]
-    "disc": lambda x, y: torch.hypot(x, y) - 0.618,
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.53).abs() - 0.18,
-    "square": lambda x, y: box(x, y, 0.548, 0.548),
-    "frame": lambda x, y: box(x, y, 0.55, 0.55).abs() - 0.136,
-    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() + 0.5 * y, -y) - 0.482,
-    "cross": lambda x, y: torch.minimum(box(x, y, 0.8, 0.216), box(x, y, 0.216, 0.8)),
-    "bars": lambda x, y: box(x.abs() - 0.5, y, 0.19, 0.79),
-    "star": lambda x, y: torch.hypot(x, y) - 0.569 - 0.341 * torch.cos(5 * torch.atan2(y, x)),
-    "half disc": lambda x, y: torch.maximum(torch.hypot(x, y + 0.3) - 0.81, y + 0.2),
-    "quarters": lambda x, y: torch.maximum(box(x, y, 0.775, 0.775), -torch.sign(x * y) * torch.minimum(x.abs(), y.abs())),
+FORMS = {  # fields over a cell [-1, 1] x [-1, 1] that repeats; a form is where its field is lowest
+    "disc": lambda x, y: torch.hypot(x, y),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.65).abs(),
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()),
+    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() + 0.5 * y, -y),
+    "rows": lambda x, y: y.abs(),
+    "columns": lambda x, y: x.abs(),
+    "diagonals": lambda x, y: 0.7 * fold(x + y).abs(),
+    "grid": lambda x, y: torch.minimum(x.abs(), y.abs()),
+    "net": lambda x, y: 0.7 * torch.minimum(fold(x + y).abs(), fold(x - y).abs()),
+    "checks": lambda x, y: torch.sign(x * y) * torch.maximum((x.abs() - 0.5).abs(), (y.abs() - 0.5).abs()).sub(0.5),
 }
 
 
 def draw_shapes(per_class, seed, side=32):
     """`per_class` images of each of FORMS: uint8 (N, 3, side, side), labels (N,).
 
-    An image is a lattice of copies of one form, and the form alone makes the class. The lattice's pitch and position,
-    the copies' size, tilt and colours, the mottled background and the noise are drawn alike for all classes. Tilt and
-    colours vary within an image too, so that two crops share the form and little else.
+    The form alone makes the class. The area it covers, its position, size and tilt, whether it is light on dark or dark
+    on light, the colours, the mottled ground and the noise are drawn alike for all classes.
     """
     n, rng = per_class, torch.Generator().manual_seed(seed)
     grid = (torch.arange(side) + 0.5) / side * 2 - 1
@@ -188,18 +187,18 @@ def draw_shapes(per_class, seed, side=32):
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
-    for distance in FORMS.values():
-        pitch, radius = uniform(0.62, 0.68, 1, 1), uniform(0.44, 0.5, 1, 1)
-        x, y = (grid - uniform(-1, 1, 1, 1)) / pitch, (grid[:, None] - uniform(-1, 1, 1, 1)) / pitch
-        copy_ = ((y.round() + 4) * 9 + x.round() + 4).long().flatten(1)             # of 9 x 9, at least what is in sight
-        colour = torch.where(uniform(0, 1, 1, 81) < 0.5, uniform(0, 0.3, 3, 81), uniform(0.7, 1, 3, 81))
-        colour = colour.gather(2, copy_[:, None].expand(n, 3, -1)).view(n, 3, side, side)
-        tilt = uniform(-0.25, 0.25, 81).gather(1, copy_).view(n, side, side)
-        x, y = (x - x.round()) / radius, (y - y.round()) / radius
-        edge = distance(tilt.cos() * x + tilt.sin() * y, tilt.cos() * y - tilt.sin() * x) * radius * pitch * side / 2
-        ground = F.interpolate(uniform(0.4, 0.6, 3, 4, 4), side, mode="bilinear")
-        image = torch.lerp(ground, colour, (0.5 - edge).clamp(0, 1)[:, None])
-        images.append(((image + 0.03 * torch.randn(image.shape, generator=rng)).clamp(0, 1) * 255).byte())
+    for field in FORMS.values():
+        cell, tilt = uniform(0.75, 0.95, 1, 1), uniform(-0.15, 0.15, 1, 1)             # side of a cell over the image's
+        x = (tilt.cos() * grid + tilt.sin() * grid[:, None]) / cell + uniform(-1, 1, 1, 1)
+        y = (tilt.cos() * grid[:, None] - tilt.sin() * grid) / cell + uniform(-1, 1, 1, 1)
+        height = field(fold(x), fold(y))
+        rank = (uniform(0.35, 0.5, 1) * side**2).long()                               # pixels that the form covers
+        level = height.flatten(1).sort(1).values.gather(1, rank)[:, :, None]
+        form = (0.5 - (height - level) * cell * side / 2).clamp(0, 1)[:, None]        # antialiased: 1 inside, 0 outside
+        contrast = torch.sign(uniform(-1, 1, 1, 1, 1)) * (uniform(0.25, 0.45, 1, 1, 1) + uniform(-0.05, 0.05, 3, 1, 1))
+        ground = uniform(0.45, 0.55, 1, 1, 1) + F.interpolate(uniform(-0.05, 0.05, 3, 3, 3), side, mode="bicubic")
+        image = ground + contrast * (form - 0.5) + 0.03 * torch.randn(n, 3, side, side, generator=rng)
+        images.append((image.clamp(0, 1) * 255).byte())
     return torch.cat(images), torch.arange(len(FORMS)).repeat_interleave(n)
 
 
@@ -217,8 +216,9 @@ def load_torchvision(name, root, download):
             if download:
                 stop(1, f"--data {name}: cannot download to {root}: {error}")
             stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
-        x = torch.from_numpy(data.data).permute(0, 3, 1, 2) if name == "cifar10" else data.data[:, None].repeat(1, 3, 1, 1)
-        return x.contiguous(), torch.as_tensor(data.targets)
+        if name == "cifar10":
+            return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+        return data.data[:, None].repeat(1, 3, 1, 1), data.targets
 
     pretrain, labels = read(train=True)
     labelled = int((labels >= 0).sum())             # stl10's unlabeled images have label -1 and stand last
@@ -359,7 +359,8 @@ def jitter(images, params, order):
             images = (images * factor).clamp_(0, 1)
         else:
             gray = grayscale(images)
-            images = torch.lerp(gray.mean((2, 3), keepdim=True) if name == "contrast" else gray, images, factor).clamp_(0, 1)
+            base = gray.mean((2, 3), keepdim=True) if name == "contrast" else gray
+            images = torch.lerp(base, images, factor).clamp_(0, 1)
     return images
 
 
@@ -573,14 +574,16 @@ def fit_linear(x, labels):
 def linear_accuracy(train, train_labels, test, test_labels):
     """Test accuracy in percent of a linear classifier on frozen features (N, d).
 
-    Features are centred and divided by one common scale, their standard deviation over all images and features; but by
-    no less than 1e-3 of their rms, so that a collapsed encoder's residue is not scaled to unit size (it still has a say).
+    Features are centred and divided by one common scale, their standard deviation over all images and features. A
+    deviation under 1e-5 of the features' rms, which is what fp32 rounding leaves of a constant, counts as 0: scaled up,
+    it could tell classes apart.
     """
     train, test = train.double(), test.double()
-    mean = train.mean(0)
-    scale = max((train - mean).square().mean().sqrt(), 1e-3 * train.square().mean().sqrt())
-    weight, bias = fit_linear((train - mean) / scale, train_labels)
-    guess = ((test - mean) / scale @ weight + bias).argmax(1)
+    mean, rounding = train.mean(0), 1e-5 * train.square().mean().sqrt().item()
+    train, test = F.hardshrink(train - mean, rounding), F.hardshrink(test - mean, rounding)
+    scale = train.square().mean().sqrt() or 1.0
+    weight, bias = fit_linear(train / scale, train_labels)
+    guess = (test / scale @ weight + bias).argmax(1)
     return 100 * (guess == test_labels).double().mean().item()
 
 
@@ -621,9 +624,9 @@ def describe(args, argv):
     return {
         "flags": {name: value for name, value in vars(args).items() if name != "out"},
         "command": shlex.join(["python", "byol.py", *argv]),
+        "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__},
-        "commit": commit,
         "hardware": {"machine": platform.machine(), "cpu": models[0], "threads": torch.get_num_threads(),
                      "gpu": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None},
     }
@@ -648,13 +651,13 @@ def open_run(out, config):
     except (ValueError, KeyError, TypeError, AttributeError):
         stop(1, f"{path} is damaged; remove the folder to start again")
     for name in differing:
-        flag = "--" + name.replace("_", "-")
-        stop(2, f"--out {out} holds a run with {flag} {theirs.get(name)}, not {config['flags'][name]}: give another --out")
+        was, now, flag = theirs.get(name), config["flags"][name], "--" + name.replace("_", "-")
+        stop(2, f"--out {out} holds a run with {flag} {was}, not {now}: give another --out")
     return "encoder.pt" in present and "checkpoint.pt" not in present
 
 
 def load_checkpoint(path, parts):
-    """Fill `parts`, {name: network or optimizer}; returns (step, state, log_bytes), those of the start without a file."""
+    """Fill `parts`, {name: network or optimizer}; returns (step, state, log_bytes), the start's without a file."""
     if not os.path.exists(path):
         return 0, "untrained", 0
     try:
@@ -695,7 +698,7 @@ def draw_views(images, step, args):
     for _ in range(2):
         params, order = draw_view(len(x), x.shape[-1], args.size, rng)
         params = {name: t.to(args.device, non_blocking=True) for name, t in params.items()}
-        views.append(make_view(x, params, order, args.size).contiguous(memory_format=memory_format(args)))
+        views.append(make_view(x, params, order, args.size).contiguous(memory_format=torch.channels_last))
     return views
 
 
@@ -780,11 +783,6 @@ def train(args, images, online, target, optimizer):
     return 0
 
 
-def memory_format(args):
-    """The layout in which the encoder's norm runs faster on a CPU."""
-    return torch.channels_last if args.enc_norm == "bn" else torch.contiguous_format
-
-
 def main(argv):
     args = parse_arguments(argv)
     images = load_images(args.data, args.data_dir, args.download, args.size)
@@ -804,7 +802,7 @@ def main(argv):
     online = Network(args)
     target = make_target(online, args.loss)
     for network in (online, target):
-        network.to(args.device, memory_format=memory_format(args))
+        network.to(args.device, memory_format=torch.channels_last)
     try:
         groups = param_groups(online, args.weight_decay, args.lars_layers, dict(args.lr_mult))
     except ValueError as error:

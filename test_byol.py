@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -59,8 +60,39 @@ def keep_signal_handlers():
         signal.signal(number, handler)
 
 
-def command(*flags):
-    return [sys.executable, str(HERE / "byol.py"), *map(str, flags)]
+# Processes to kill are forked from one that has imported torch already, which saves seconds for each.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+
+
+def run_main(flags, output):
+    os.dup2(output.fileno(), 1)
+    sys.exit(byol.main(flags))
+
+
+class Run:
+    """byol.py in a process of its own, with its standard output in `lines`."""
+
+    def __init__(self, *flags):
+        reader, writer = FORKS.Pipe(duplex=False)
+        self.process = FORKS.Process(target=run_main, args=([str(flag) for flag in flags], writer))
+        self.process.start()
+        writer.close()
+        self.lines = os.fdopen(os.dup(reader.fileno()))
+
+    def until_step(self, nth=1):
+        """Read up to the nth line of a step."""
+        for line in self.lines:
+            nth -= line.startswith("step")
+            if nth == 0:
+                return
+        pytest.fail(f"the run ended, {nth} lines of steps too early")
+
+    def wait(self):
+        """(exit status or minus the signal that killed it, what was still to be read of its output)"""
+        rest = self.lines.read()
+        self.process.join()
+        return self.process.exitcode, rest
 
 
 def log(out):
@@ -448,6 +480,23 @@ def test_linear_accuracy_is_scikit_learns():
     assert np.abs(weight.T.numpy() - theirs.coef_).max() < 1e-2
 
 
+def test_linear_accuracy_does_not_read_rounding():
+    def features(labels, size):       # classes that stand well apart, `size` times as large as what all images share
+        own = centres[labels] + 0.5 * torch.randn(len(labels), 32, generator=rng)
+        return (common + size * own).float()
+
+    rng = torch.Generator().manual_seed(0)
+    centres, common = torch.randn(10, 32, generator=rng), 1 + torch.rand(32, generator=rng)
+    train, test = torch.arange(10).repeat(100), torch.arange(10).repeat(30)
+    accuracy = {size: byol.linear_accuracy(features(train, size), train, features(test, size), test)
+                for size in (1, 1e-3, 1e-6)}
+    assert accuracy[1] > 95 and accuracy[1e-3] > 95
+    assert accuracy[1e-6] == 10                               # though there is enough of it left in fp32, as seen here:
+    x, y = features(train, 1e-6), features(test, 1e-6)
+    weight, bias = byol.fit_linear((x - x.mean(0)).double() * 1e6, train)
+    assert (((y - x.mean(0)).double() * 1e6 @ weight + bias).argmax(1) == test).double().mean() > 0.8
+
+
 def test_evaluation_refuses_a_changed_encoder(folder):
     class Leaky(nn.Module):
         def __init__(self):
@@ -585,35 +634,28 @@ def test_encoder_loads_into_torchvision(folder, tmp_path):
 
 
 def test_killed_and_resumed_is_never_killed(folder, tmp_path):
-    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 240 --eval-every 90 --checkpoint-every 7 --loss moco --opt lars --enc-norm bn".split()]
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 120 --eval-every 50 --checkpoint-every 7 --loss moco --opt lars --enc-norm bn".split()]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    subprocess.run(command(*flags, "--out", straight), check=True, stdout=subprocess.DEVNULL)
-    rng, kills = random.Random(0), 0
-    while kills < 10:
-        run = subprocess.Popen(command(*flags, "--out", killed), stdout=subprocess.PIPE, text=True)
-        for line in run.stdout:
-            if line.startswith("step"):
-                break
-        time.sleep(rng.uniform(0, 0.25))
-        run.send_signal(signal.SIGKILL)
-        if run.wait() == 0:
-            break
-        kills += 1
-    assert kills == 10, f"the run ended after {kills} kills"
-    subprocess.run(command(*flags, "--out", killed), check=True, stdout=subprocess.DEVNULL)
+    assert Run(*flags, "--out", straight).wait()[0] == 0
+    rng = random.Random(0)
+    for _ in range(10):
+        run = Run(*flags, "--out", killed)
+        run.until_step(rng.randint(1, 4))
+        time.sleep(rng.uniform(0, 0.03))
+        run.process.kill()
+        assert run.wait()[0] == -signal.SIGKILL
+    assert Run(*flags, "--out", killed).wait()[0] == 0
     assert log(straight) == log(killed)
     assert (straight / "encoder.pt").read_bytes() == (killed / "encoder.pt").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_leaves_a_checkpoint(number, folder, tmp_path):
-    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "100000", "--out", tmp_path / "r"]
-    run = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not run.stdout.readline().startswith("step"):
-        pass
-    run.send_signal(number)
-    out, err = run.communicate()
-    assert run.returncode == 128 + number and err == "" and "resumes the run" in out
+    run = Run(*TINY, "--data", f"folder:{folder}", "--steps", "100000", "--out", tmp_path / "r")
+    run.until_step()
+    os.kill(run.process.pid, number)
+    status, rest = run.wait()
+    assert status == 128 + number and "resumes the run" in rest
     checkpoint = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)
     assert 0 < checkpoint["step"] < 100000
 
