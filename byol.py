@@ -195,7 +195,7 @@ def draw_shapes(per_class, seed, side=32):
         rank = (uniform(0.35, 0.5, 1) * side**2).long()                               # pixels that the form covers
         level = height.flatten(1).sort(1).values.gather(1, rank)[:, :, None]
         form = (0.5 - (height - level) * cell * side / 2).clamp(0, 1)[:, None]        # antialiased: 1 inside, 0 outside
-        contrast = torch.sign(uniform(-1, 1, 1, 1, 1)) * (uniform(0.25, 0.45, 1, 1, 1) + uniform(-0.05, 0.05, 3, 1, 1))
+        contrast = torch.sign(uniform(-1, 1, 1, 1, 1)) * (0.4 + uniform(-0.05, 0.05, 3, 1, 1))
         ground = uniform(0.45, 0.55, 1, 1, 1) + F.interpolate(uniform(-0.05, 0.05, 3, 3, 3), side, mode="bicubic")
         image = ground + contrast * (form - 0.5) + 0.03 * torch.randn(n, 3, side, side, generator=rng)
         images.append((image.clamp(0, 1) * 255).byte())
