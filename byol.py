@@ -11,17 +11,22 @@ linear evaluation, checkpoint, training. A run is one folder, and the same comma
 
 import argparse
 import copy
+import fcntl
 import functools
+import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +35,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torchvision import datasets
 
 from lars import LARS, param_groups
 from resnet_norms import group_norm, resnet18
@@ -64,6 +72,10 @@ def generator(seed, stream, index):
 
 
 # ------------------------------------------------------------------------ arguments
+
+
+def cpuinfo():
+    return Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -119,6 +131,10 @@ def parse_arguments(argv):
     add("--download", action="store_true", help="download the data set if it is not there")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, order and views (0)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    add("--threads", type=number(int, 1, 1024), help="CPU threads; 1 where runs share a machine (all cores)")
+    add("--amp", action="store_true", help="networks in bfloat16 autocast; loss and metrics stay in fp32")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--profile", action="store_true", help="time the parts of a step instead of training; writes nothing")
     add("--log-every", type=number(int, 1), default=25, help="steps between lines of metrics (25)")
     add("--eval-every", type=number(int, 0), default=0, help="steps between evaluations; 0: one at the end (0)")
     add("--checkpoint-every", type=number(int, 1), default=200, help="steps between checkpoints (200)")
@@ -137,6 +153,11 @@ def parse_arguments(argv):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         stop(2, f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.device.startswith("cpu") and args.amp and "bf16" not in cpuinfo():
+        print("--amp: this CPU has no bf16 instructions, so the run is in fp32")
+        args.amp = False
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.out is None:
         flags = re.sub(r"[^\w.+=-]+", "_", " ".join(argv).replace("--", "")).strip("_")
         args.out = os.path.join("runs", flags[:200] or "default")
@@ -149,10 +170,10 @@ def parse_arguments(argv):
 class Images(NamedTuple):
     """uint8 images (N, 3, side, side) and int64 labels (N,). Pre-training sees `pretrain` and no label."""
 
-    pretrain: torch.Tensor
-    train: torch.Tensor
+    pretrain: "torch.Tensor | ImageFile"
+    train: "torch.Tensor | ImageFile"
     train_labels: torch.Tensor
-    test: torch.Tensor
+    test: "torch.Tensor | ImageFile"
     test_labels: torch.Tensor
 
 
@@ -202,61 +223,129 @@ def draw_shapes(per_class, seed, side=32):
     return torch.cat(images), torch.arange(len(FORMS)).repeat_interleave(n)
 
 
+class ImageFile:
+    """uint8 images (N, 3, side, side) in a raw file, read like a tensor by a slice or an index tensor. Each access maps
+    the file anew, so that pages read earlier do not pile up in this process's memory."""
+
+    def __init__(self, path, shape, skip=0):
+        self.file, self.shape, self.offset = open(path, "rb"), shape, skip * math.prod(shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        images = np.memmap(self.file, np.uint8, "r", self.offset, self.shape)
+        return torch.from_numpy(np.array(images[index]))
+
+
+def keep_images(folder, key, write):
+    """The path folder/key, made by `write(file)` if it is not there yet. What `folder` held under other keys is then
+    removed, and a second run that wants the same waits for the first."""
+    path = os.path.join(folder, key)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path):
+            for stale in set(os.listdir(folder)) - {"lock"}:
+                os.remove(os.path.join(folder, stale))
+            write_whole(path, write)
+    return path
+
+
+def fingerprint(paths, *more):
+    """A name for the present contents of files, by their sizes and times."""
+    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr((stats, more)).encode()).hexdigest()[:16]
+
+
 def load_torchvision(name, root, download):
     """cifar10, stl10 or fashion-mnist, read by torchvision."""
-    datasets = torchvision.datasets
-
-    def read(train):
-        try:
-            if name == "stl10":
-                data = datasets.STL10(root, "train+unlabeled" if train else "test", download=download)
-                return torch.from_numpy(data.data), torch.from_numpy(data.labels).long()
-            data = (datasets.CIFAR10 if name == "cifar10" else datasets.FashionMNIST)(root, train, download=download)
-        except (RuntimeError, OSError) as error:
-            if download:
-                stop(1, f"--data {name}: cannot download to {root}: {error}")
-            stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
-        if name == "cifar10":
-            return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-        return data.data[:, None].repeat(1, 3, 1, 1), data.targets
-
-    pretrain, labels = read(train=True)
-    labelled = int((labels >= 0).sum())             # stl10's unlabeled images have label -1 and stand last
-    return Images(pretrain, pretrain[:labelled], labels[:labelled], *read(train=False))
+    dataset = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}[name]
+    try:
+        train, test = (dataset(root, *split, download=download) for split in
+                       ([["train"], ["test"]] if name == "stl10" else [[True], [False]]))
+    except (RuntimeError, OSError) as error:
+        if download:
+            stop(1, f"--data {name}: cannot download to {root}: {error}")
+        stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
+    if name == "stl10":
+        return load_stl10(train, test, root)
+    if name == "cifar10":
+        images, tests = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test))
+    else:
+        images, tests = (split.data[:, None].repeat(1, 3, 1, 1) for split in (train, test))
+    return Images(images, images, torch.as_tensor(train.targets), tests, torch.as_tensor(test.targets))
 
 
-def load_folder(root, size):
+def load_stl10(train, test, root):
+    """Pre-training sees the 5,000 labelled and the 100,000 unlabelled images, which stay on disk."""
+    source = os.path.join(root, train.base_folder, "unlabeled_X.bin")
+    unlabeled = np.memmap(source, np.uint8, "r").reshape(-1, 3, 96, 96)
+
+    def write(file):
+        file.write(train.data.tobytes())
+        for start in range(0, len(unlabeled), 1000):
+            file.write(unlabeled[start : start + 1000].swapaxes(2, 3).tobytes())      # the file holds columns, not rows
+
+    path = keep_images(os.path.join(root, "stl10-mapped"), fingerprint([source]), write)
+    pretrain = ImageFile(path, (len(train) + len(unlabeled), 3, 96, 96))
+    labels, test_labels = (torch.from_numpy(split.labels).long() for split in (train, test))
+    return Images(pretrain, torch.from_numpy(train.data), labels, torch.from_numpy(test.data), test_labels)
+
+
+def decode(path, side=None):
+    """Bytes (3, side, side) of an image, its shorter side resized and the longer cropped; without `side` its size."""
+    try:
+        if side is None:
+            with Image.open(path) as picture:
+                return picture.size
+        picture = datasets.folder.pil_loader(path)          # converts any mode to RGB
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from None
+    if picture.size != (side, side):
+        picture = TF.center_crop(TF.resize(picture, side), side)
+    return TF.pil_to_tensor(picture).numpy().tobytes()
+
+
+def load_folder(root, size, data_dir):
     """DIR/train/CLASS/*, DIR/test/CLASS/* and, for pre-training only, DIR/unlabeled/*: any format Pillow reads.
 
     Square images of one size stay as they are; else each is resized, its shorter side to `size`, and centre-cropped.
+    They are decoded once, into a file under `data_dir` that later runs map, until the folder changes.
     """
-    folder = torchvision.datasets.folder
     try:
-        train, test = (folder.ImageFolder(os.path.join(root, split)) for split in ("train", "test"))
+        train, test = (datasets.ImageFolder(os.path.join(root, split)) for split in ("train", "test"))
     except OSError as error:
         stop(2, f"--data folder:{root}: {error}; it needs train/CLASS/* and test/CLASS/* images")
     if len(train.classes) < 2:
         stop(2, f"--data folder:{root}: train has one class, {train.classes[0]}; the evaluation needs two")
     for name in set(train.classes) ^ set(test.classes):
         stop(2, f"--data folder:{root}: class {name} is in one of train and test only")
-    unlabeled = sorted(p for p in Path(root, "unlabeled").glob("*") if p.suffix.lower() in folder.IMG_EXTENSIONS)
+    unlabeled = (p for p in Path(root, "unlabeled").glob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    paths = [*(path for path, _ in train.samples), *sorted(unlabeled), *(path for path, _ in test.samples)]
 
-    def read(path):
-        try:
-            return folder.pil_loader(path)          # converts any mode to RGB
-        except (OSError, SyntaxError, ValueError) as error:
-            stop(1, f"--data folder:{root}: cannot read image {path}: {error}")
+    def write(file):
+        with ProcessPoolExecutor() as pool:
+            sizes = set(pool.map(decode, paths, chunksize=64))
+            side = size
+            if len(sizes) == 1 and len(set(*sizes)) == 1:
+                side = sizes.pop()[0]
+            else:
+                print(f"images of {len(sizes)} size(s), not one square: each resized and cropped to {size} x {size}")
+            for i, image in enumerate(pool.map(decode, paths, itertools.repeat(side), chunksize=64), 1):
+                file.write(image)
+                if i % 10000 == 0 or i == len(paths):
+                    print(f"decoded {i:,} of {len(paths):,} images", flush=True)
 
-    splits = [[read(path) for path in paths] for paths in
-              ([path for path, _ in train.samples] + unlabeled, [path for path, _ in test.samples])]
-    sizes = {picture.size for pictures in splits for picture in pictures}
-    transform = [torchvision.transforms.PILToTensor()]
-    if len(sizes) > 1 or len(set(*sizes)) > 1:
-        print(f"images of {len(sizes)} size(s), not one square: each resized and cropped to {size} x {size}")
-        transform = [torchvision.transforms.Resize(size), torchvision.transforms.CenterCrop(size), *transform]
-    transform = torchvision.transforms.Compose(transform)
-    pretrain, tests = (torch.stack([transform(picture) for picture in pictures]) for pictures in splits)
-    return Images(pretrain, pretrain[: len(train)], torch.tensor(train.targets), tests, torch.tensor(test.targets))
+    folder = os.path.join(data_dir, "folder-" + hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:16])
+    try:
+        path = keep_images(folder, fingerprint(paths, size), write)
+    except ValueError as error:
+        stop(1, f"--data folder:{root}: {error}")
+    side = math.isqrt(os.path.getsize(path) // len(paths) // 3)
+    splits = (0, len(paths) - len(test)), (0, len(train)), (len(paths) - len(test), len(paths))
+    pretrain, train_images, tests = (ImageFile(path, (stop - start, 3, side, side), start) for start, stop in splits)
+    return Images(pretrain, train_images, torch.tensor(train.targets), tests, torch.tensor(test.targets))
 
 
 def load_images(data, data_dir, download, size):
@@ -266,7 +355,7 @@ def load_images(data, data_dir, download, size):
     if data in ("cifar10", "stl10", "fashion-mnist"):
         return load_torchvision(data, data_dir, download)
     if data.startswith("folder:"):
-        return load_folder(data.removeprefix("folder:"), size)
+        return load_folder(data.removeprefix("folder:"), size, data_dir)
     stop(2, f"--data {data}: not shapes, cifar10, stl10, fashion-mnist or folder:DIR")
 
 
@@ -401,17 +490,44 @@ def mlp(features, norm):
     )
 
 
+class PerView:
+    """Batch normalization of a batch that holds two views, one after the other, each with its own statistics."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        first, second = x.chunk(2)
+        return torch.cat([super().forward(first), super().forward(second)])
+
+
+class BatchNorm1d(PerView, nn.BatchNorm1d):
+    pass
+
+
+class BatchNorm2d(PerView, nn.BatchNorm2d):
+    pass
+
+
+PER_VIEW = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d}
+
+
 class Network(nn.Module):
-    """view v -> representation y -> projection z -> prediction q(z); the contrastive losses have no prediction."""
+    """views v -> representations y -> projections z -> predictions q(z); the contrastive losses have no prediction.
+
+    In training the batch holds both views, (2N, 3, size, size), so that they share each pass through the convolutions.
+    """
 
     def __init__(self, args):
         super().__init__()
         self.encoder = resnet18(args.enc_norm, args.width, args.stem)
         self.projection = mlp(8 * args.width, args.proj_norm)
         self.prediction = mlp(PROJECTION, args.pred_norm) if args.loss == "byol" else nn.Identity()
+        for module in self.modules():
+            if type(module) in PER_VIEW:
+                module.__class__ = PER_VIEW[type(module)]
 
-    def forward(self, view):
-        y = self.encoder(view)
+    def forward(self, views):
+        y = self.encoder(views)
         z = self.projection(y)
         return y, z, self.prediction(z)
 
@@ -536,8 +652,8 @@ def layer_metrics(online, optimizer):
 def features(encoder, images, size, device):
     """y of whole images, resized to `size`, without augmentation: (N, 8 * width), fp32, on the CPU."""
     chunks = []
-    for chunk in images.split(256):
-        x = chunk.to(device) / 255
+    for start in range(0, len(images), 256):
+        x = images[start : start + 256].to(device) / 255
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         chunks.append(encoder(normalize(x)).cpu())
@@ -605,11 +721,15 @@ def evaluate(encoder, images, size, device):
 def write_whole(path, write):
     """`write(file)` into a file beside `path`, then rename: `path` appears whole or not at all."""
     aside = f"{path}.tmp"
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
 
 
 def describe(args, argv):
@@ -619,8 +739,7 @@ def describe(args, argv):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    models = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()]
+    models = re.findall(r"model name\s*: (.*)", cpuinfo()) or [platform.processor()]
     return {
         "flags": {name: value for name, value in vars(args).items() if name != "out"},
         "command": shlex.join(["python", "byol.py", *argv]),
@@ -690,36 +809,107 @@ def image_order(n, seed, epoch):
     return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
-def draw_views(images, step, args):
-    """Both views of the batch of step 0, 1, ...: two float tensors (batch, 3, size, size) on the device."""
+def draw_views(images, step, args, lap):
+    """Both views of the batch of step 0, 1, ..., one after the other: (2 * batch, 3, size, size) on the device."""
     epoch, batch = divmod(step, len(images) // args.batch_size)
     chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size : (batch + 1) * args.batch_size]
     x, rng, views = images[chosen].to(args.device), generator(args.seed, VIEWS, step), []
+    lap("images")
     for _ in range(2):
         params, order = draw_view(len(x), x.shape[-1], args.size, rng)
         params = {name: t.to(args.device, non_blocking=True) for name, t in params.items()}
-        views.append(make_view(x, params, order, args.size).contiguous(memory_format=torch.channels_last))
-    return views
+        views.append(make_view(x, params, order, args.size))
+    return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
-def train_step(online, target, optimizer, loss_name, views, step):
-    """One optimizer step on two views; returns the loss and both views' y and z."""
-    (y1, z1, q1), (y2, z2, q2) = (online(view) for view in views)     # a joint pass would mix the views' BN statistics
-    with torch.no_grad():
-        t1, t2 = (target(view)[1] for view in views) if loss_name != "simclr" else (None, None)
-    if loss_name == "byol":
+def autocast(args):
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
+
+
+def train_step(args, images, online, target, optimizer, step, lap=lambda part: None):
+    """Step 0, 1, ... of the run; returns the loss and both views' y and z. `lap` hears of each part as it ends."""
+    views = draw_views(images, step, args, lap)
+    lap("views")
+    with autocast(args):
+        outputs = online(views)
+    (y1, y2), (z1, z2), (q1, q2) = (t.float().chunk(2) for t in outputs)
+    lap("online forward")
+    if args.loss != "simclr":
+        with torch.no_grad(), autocast(args):
+            t1, t2 = target(views)[1].float().chunk(2)
+    lap("target forward")
+    if args.loss == "byol":
         loss = byol_loss(q1, t2) + byol_loss(q2, t1)
-    elif loss_name == "moco":
+    elif args.loss == "moco":
         loss = (moco_loss(q1, t2, target.queue) + moco_loss(q2, t1, target.queue)) / 2
     else:
         loss = simclr_loss(q1, q2)
     optimizer.zero_grad()
     loss.backward()
+    lap("backward")
+    for group in optimizer.param_groups:
+        group["lr"] = rate(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
     optimizer.step()
-    if loss_name == "moco":
+    lap("optimizer")
+    update_target(target, online, tau(step, args.steps, args.ema))
+    if args.loss == "moco":
         place = (torch.arange(2 * len(t1), device=t1.device) + step * 2 * len(t1)) % QUEUE
         target.queue.index_copy_(0, place, unit(torch.cat([t1, t2])))
+    lap("EMA")
     return loss.detach(), (y1, z1, y2, z2)
+
+
+PARTS = "images", "views", "online forward", "target forward", "backward", "optimizer", "EMA", "metrics"
+
+
+def profile(args, images, online, target, optimizer, rounds=5, steps=4):
+    """Print where the time of a step goes, and its floor: both networks' forwards and the backward on fixed tensors.
+
+    Steps and floors alternate, so that what else the machine does falls on both; medians are over `rounds`. A step has
+    its share of the metrics of every --log-every steps.
+    """
+    views = torch.randn(2 * args.batch_size, 3, args.size, args.size).to(args.device, memory_format=torch.channels_last)
+    cuda = args.device.startswith("cuda")
+    clock, spent, table = 0.0, {}, []
+
+    def lap(part):
+        nonlocal clock
+        if cuda:
+            torch.cuda.synchronize(args.device)
+        now = time.perf_counter()
+        spent[part] = spent.get(part, 0.0) + 1000 / steps * (now - clock)
+        clock = now
+
+    for index in range((rounds + 1) * steps):           # the first round warms up
+        lap("between")
+        loss, outputs = train_step(args, images, online, target, optimizer, index, lap)
+        if (index + 1) % steps == 0:
+            collapse_metrics(*outputs), layer_metrics(online, optimizer), loss.item()
+            lap("metrics")
+            spent["metrics"] *= steps / args.log_every
+        lap("between")
+        with autocast(args):
+            prediction = online(views)[2]
+            if args.loss != "simclr":
+                with torch.no_grad():
+                    target(views)
+        prediction.float().square().mean().backward()
+        lap("floor")
+        if (index + 1) % steps == 0:
+            spent["step"] = sum(spent[part] for part in PARTS)
+            table.append(spent | {"ratio": spent["floor"] / spent["step"],
+                                  "samples_per_s": 1000 / spent["step"] * args.batch_size})
+            spent.clear()
+    columns = *PARTS, "step", "floor", "ratio", "samples_per_s"
+    spread = {name: sorted(row[name] for row in table[1:]) for name in columns}
+    print(f"{'':16}{'median':>10}{'least':>10}{'most':>10}   ms a step")
+    for name, values in spread.items():
+        print(f"{name:16}{values[rounds // 2]:10.4g}{values[0]:10.4g}{values[-1]:10.4g}")
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024          # on macOS in KiB, not MiB
+    peak = torch.cuda.max_memory_allocated(args.device) / 2**20 if cuda else resident
+    print(f"{'peak memory':16}{peak:10.4g} MiB")
+    print(json.dumps({name: [values[rounds // 2], values[0], values[-1]] for name, values in spread.items()}
+                     | {"peak_memory_mib": peak, "threads": torch.get_num_threads()}))
 
 
 def train(args, images, online, target, optimizer):
@@ -748,13 +938,7 @@ def train(args, images, online, target, optimizer):
     began = clock = time.perf_counter()
     clock_step = start
     for step in range(start, args.steps):
-        views = draw_views(images.pretrain, step, args)
-        lr, ema = rate(step, args.steps, args.lr, args.warmup), tau(step, args.steps, args.ema)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
-        loss, outputs = train_step(online, target, optimizer, args.loss, views, step)
-        update_target(target, online, ema)
-
+        loss, outputs = train_step(args, images.pretrain, online, target, optimizer, step)
         done = step + 1
         ends, logs = done == args.steps, done == 1 or done % args.log_every == 0
         saves = not ends and (done % args.checkpoint_every == 0 or signals)
@@ -763,8 +947,9 @@ def train(args, images, online, target, optimizer):
         if logs or ends:
             metrics, now = collapse_metrics(*outputs), time.perf_counter()
             state = collapse_state(state, metrics["rep_dist"])
-            line = {"step": done, "epoch": done * args.batch_size / len(images.pretrain), "loss": loss.item(), "lr": lr,
-                    "ema": ema, **metrics, "images_per_s": (done - clock_step) * args.batch_size / (now - clock),
+            line = {"step": done, "epoch": done * args.batch_size / len(images.pretrain), "loss": loss.item(),
+                    "lr": rate(step, args.steps, args.lr, args.warmup), "ema": tau(step, args.steps, args.ema),
+                    **metrics, "images_per_s": (done - clock_step) * args.batch_size / (now - clock),
                     "layers": layer_metrics(online, optimizer)}
             write_line(line)
             left = int((now - began) / (done - start) * (args.steps - done))
@@ -809,6 +994,13 @@ def main(argv):
         stop(2, f"--lars-layers or --lr-mult: {error}")
     optimizer = LARS(groups, args.lr) if args.opt == "lars" else torch.optim.SGD(groups, args.lr, momentum=0.9)
 
+    if args.compile:
+        online.compile()
+        target.compile()
+    if args.profile:
+        args.steps = max(args.steps, 1)
+        profile(args, images.pretrain, online, target, optimizer)
+        return 0
     if open_run(args.out, describe(args, argv)):
         print(f"{args.out} holds this run, finished; remove the folder to run it again")
         return 0

@@ -1,11 +1,13 @@
 """Tests: each value is checked against torch, torchvision, scikit-learn or the formula, and runs drive the real script."""
 
+import copy
 import json
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shapes():
     return byol.load_images("shapes", "", False, 32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Runs and decoded images go by default into the working directory: not into the checkout."""
+    os.chdir(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(autouse=True)
@@ -451,6 +459,47 @@ def test_schedules():
     assert taus == pytest.approx([0.9, 0.95, 1.0])
 
 
+@pytest.mark.parametrize("norms", ["--enc-norm bn --mlp-norm bn", "--enc-norm gn --mlp-norm none"])
+def test_step_equals_the_plain_one(norms, shapes):
+    """Both views in one pass, channels_last and the fused updates against BYOL written out, in 20 steps of a run.
+
+    Each step is compared from the same state: with BN, rounding alone drives two runs apart a thousandfold a step.
+    """
+
+    def flat(net):
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    args = byol.parse_arguments(f"{norms} --width 8 --batch-size 32 --steps 20".split())
+    torch.manual_seed(0)
+    online = byol.Network(args)
+    plain = copy.deepcopy(online)
+    for module in plain.modules():
+        module.__class__ = {byol.BatchNorm1d: nn.BatchNorm1d, byol.BatchNorm2d: nn.BatchNorm2d}.get(type(module), type(module))
+    target, plain_target = byol.make_target(online, "byol"), byol.make_target(plain, "byol")
+    online.to(memory_format=torch.channels_last), target.to(memory_format=torch.channels_last)
+    optimizer, plain_optimizer = (torch.optim.SGD(lars.param_groups(net, 1e-4), 0.2, momentum=0.9) for net in (online, plain))
+    for step in range(20):
+        for mine, theirs in ((plain, online), (plain_target, target), (plain_optimizer, optimizer)):
+            mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        before = flat(plain)
+        loss, _ = byol.train_step(args, shapes.train, online, target, optimizer, step)
+
+        v1, v2 = byol.draw_views(shapes.train, step, args, lambda part: None).contiguous().chunk(2)
+        with torch.no_grad():
+            t1, t2 = plain_target(v1)[1], plain_target(v2)[1]
+        plain_loss = (4 - 2 * F.cosine_similarity(plain(v1)[2], t2) - 2 * F.cosine_similarity(plain(v2)[2], t1)).mean()
+        plain_optimizer.zero_grad()
+        plain_loss.backward()
+        for group in plain_optimizer.param_groups:
+            group["lr"] = 0.1 * (1 + math.cos(math.pi * step / 20))
+        plain_optimizer.step()
+        tau = 1 - 0.002 * (1 + math.cos(math.pi * step / 20))
+        for slow, fast, ours in zip(plain_target.parameters(), plain.parameters(), target.parameters()):
+            assert torch.allclose(tau * slow + (1 - tau) * fast, ours, rtol=1e-4, atol=1e-5)
+        assert loss.item() == pytest.approx(plain_loss.item(), rel=5e-6, abs=1e-6)
+        assert (flat(online) - flat(plain)).norm() < 5e-3 * (flat(plain) - before).norm()
+
+
 def test_ema_moves_encoder_and_projection_alone():
     online = byol.Network(byol.parse_arguments(["--width", "2"]))
     target = byol.make_target(online, "byol")
@@ -544,7 +593,7 @@ def test_stl10_in_its_binary_format(tmp_path, monkeypatch):
     (root / "fold_indices.txt").write_text("0 1\n")
     images = byol.load_images("stl10", tmp_path, False, 96)
     assert torch.equal(images.train, torch.tensor(pixels["train"])) and torch.equal(images.test, torch.tensor(pixels["test"]))
-    assert torch.equal(images.pretrain, torch.tensor(np.concatenate([pixels["train"], pixels["unlabeled"]])))
+    assert torch.equal(images.pretrain[:], torch.tensor(np.concatenate([pixels["train"], pixels["unlabeled"]])))
     assert images.train_labels.tolist() == [0, 1, 2, 9, 4, 5] and images.test_labels.tolist() == [3, 2, 1, 0]
 
 
@@ -565,7 +614,48 @@ def test_folder(folder):
     images = byol.load_images(f"folder:{folder}", "", False, 16)
     assert images.train.shape == (40, 3, 32, 32) and len(images.pretrain) == 45 and len(images.test) == 20
     drawn, labels = byol.draw_shapes(4, 4)
-    assert torch.equal(images.train, drawn) and torch.equal(images.train_labels, labels)
+    assert torch.equal(images.train[:], drawn) and torch.equal(images.train_labels, labels)
+    assert torch.equal(images.pretrain[torch.tensor([39, 7])], drawn[[39, 7]]) and torch.equal(images.test[:], byol.draw_shapes(2, 2)[0])
+
+
+def test_folder_is_decoded_once_and_again_when_it_changes(folder, tmp_path, capsys):
+    root, data_dir = tmp_path / "images", tmp_path / "data"
+    shutil.copytree(folder, root)
+
+    def load():
+        images = byol.load_images(f"folder:{root}", data_dir, False, 16)
+        return images, "decoded" in capsys.readouterr().out
+
+    assert [load()[1], load()[1]] == [True, False]
+    before, _ = load()
+    picture = min((root / "train").rglob("*.png"))
+    TF.to_pil_image(torch.zeros(3, 32, 32, dtype=torch.uint8)).save(picture)
+    after, decoded = load()
+    assert decoded and after.train[0].max() == 0 and before.train[0].max() > 0       # a run under way keeps its own file
+    (kept,) = data_dir.iterdir()
+    assert len(os.listdir(kept)) == 2                                                # the lock and one file of images
+    picture.write_bytes(b"not a picture")
+    with pytest.raises(SystemExit):
+        load()
+    assert len(os.listdir(kept)) == 1                                                # nothing half-made
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+def test_images_on_disk_stay_out_of_memory(tmp_path):
+    code = """if True:
+        import sys, torch, byol
+        resident = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+        images = byol.ImageFile(sys.argv[1], (100_000, 3, 64, 64))
+        before = resident()
+        for chosen in torch.arange(100_000).split(1000):
+            assert len(images[chosen]) == 1000
+        print(resident() - before)
+    """
+    path = tmp_path / "images"
+    with open(path, "wb") as file:
+        file.truncate(100_000 * 3 * 64 * 64)                                         # 1.2 GB of zeros
+    grown = subprocess.run([sys.executable, "-c", code, path], cwd=HERE, check=True, capture_output=True, text=True).stdout
+    assert float(grown) < 100
 
 
 def test_folder_of_mixed_sizes_and_modes(tmp_path, capsys):
@@ -576,7 +666,7 @@ def test_folder_of_mixed_sizes_and_modes(tmp_path, capsys):
             TF.to_pil_image(torch.full((3, *size[::-1]), 102, dtype=torch.uint8)).convert(mode).save(path / f"{i}.png")
     images = byol.load_images(f"folder:{tmp_path}", "", False, 24)
     assert images.train.shape == (4, 3, 24, 24) and "24 x 24" in capsys.readouterr().out
-    assert torch.equal(images.train, torch.full_like(images.train, 102))
+    assert (images.train[:] == 102).all()
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -658,6 +748,36 @@ def test_signal_leaves_a_checkpoint(number, folder, tmp_path):
     assert status == 128 + number and "resumes the run" in rest
     checkpoint = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)
     assert 0 < checkpoint["step"] < 100000
+
+
+@pytest.mark.parametrize("flags", ["", "--loss simclr --opt lars --enc-norm gn --amp"])
+def test_profile(flags, capsys):
+    assert byol.main([*TINY, "--profile", *flags.split()]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    medians = {name: values[0] for name, values in figures.items() if isinstance(values, list)}
+    assert set(byol.PARTS) <= set(medians) and all(least <= median <= most for median, least, most in
+                                                   (figures[name] for name in medians))
+    assert sum(medians[part] for part in byol.PARTS) == pytest.approx(medians["step"], rel=0.3)
+    assert medians["samples_per_s"] == pytest.approx(8000 / medians["step"]) and 0 < medians["ratio"] < 1
+    assert [row.split()[0] for row in table if row.split()[0] in byol.PARTS[:2]] == ["images", "views"]
+    assert not os.path.exists("runs")
+
+
+def test_amp_keeps_the_verdict_of_the_loss(shapes):
+    """In bfloat16 autocast the first losses agree to its precision, and loss and metrics are fp32."""
+    losses = {}
+    for amp in ([], ["--amp"]):
+        args = byol.parse_arguments([*"--width 4 --batch-size 16 --steps 5".split(), *amp])
+        torch.manual_seed(0)
+        online = byol.Network(args)
+        target = byol.make_target(online, "byol")
+        optimizer = torch.optim.SGD(lars.param_groups(online, 1e-4), 0.1)
+        args.amp = bool(amp)                                    # on a CPU without bf16 too, where it is only slow
+        loss, outputs = byol.train_step(args, shapes.train, online, target, optimizer, 0)
+        assert loss.dtype == torch.float32 and all(t.dtype == torch.float32 for t in outputs)
+        losses[bool(amp)] = loss.item()
+    assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
