@@ -227,8 +227,10 @@ class ImageFile:
     """uint8 images (N, 3, side, side) in a raw file, read like a tensor by a slice or an index tensor. Each access maps
     the file anew, so that pages read earlier do not pile up in this process's memory."""
 
+    device = torch.device("cpu")
+
     def __init__(self, path, shape, skip=0):
-        self.file, self.shape, self.offset = open(path, "rb"), shape, skip * math.prod(shape[1:])
+        self.file, self.shape, self.offset = open(path, "rb"), torch.Size(shape), skip * math.prod(shape[1:])
 
     def __len__(self):
         return self.shape[0]
@@ -433,7 +435,7 @@ def adjust_hue(images, shift):
     chroma = value - images.amin(1, keepdim=True)
     c = chroma.clamp_min(1e-12)
     hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)) / 6
-    k = hue + shift + torch.tensor((5 / 6, 3 / 6, 1 / 6), device=images.device)[:, None, None]
+    k = hue + shift + per_channel((5 / 6, 3 / 6, 1 / 6), images.device)
     k.sub_(k.floor()).mul_(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -476,8 +478,13 @@ def make_view(images, params, order, size):
 
 
 def normalize(images):
-    mean, std = (torch.tensor(t, device=images.device)[:, None, None] for t in (MEAN, STD))
-    return (images - mean) / std
+    return (images - per_channel(MEAN, images.device)) / per_channel(STD, images.device)
+
+
+@functools.lru_cache
+def per_channel(values, device):
+    """(3, 1, 1), made once: a copy to the device in every step would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 # ------------------------------------------------------------------------ networks
@@ -500,15 +507,7 @@ class PerView:
         return torch.cat([super().forward(first), super().forward(second)])
 
 
-class BatchNorm1d(PerView, nn.BatchNorm1d):
-    pass
-
-
-class BatchNorm2d(PerView, nn.BatchNorm2d):
-    pass
-
-
-PER_VIEW = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d}
+PER_VIEW = {norm: type(norm.__name__, (PerView, norm), {}) for norm in (nn.BatchNorm1d, nn.BatchNorm2d)}
 
 
 class Network(nn.Module):
@@ -813,8 +812,9 @@ def draw_views(images, step, args, lap):
     """Both views of the batch of step 0, 1, ..., one after the other: (2 * batch, 3, size, size) on the device."""
     epoch, batch = divmod(step, len(images) // args.batch_size)
     chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size : (batch + 1) * args.batch_size]
-    x, rng, views = images[chosen].to(args.device), generator(args.seed, VIEWS, step), []
+    x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
     lap("images")
+    rng, views = generator(args.seed, VIEWS, step), []
     for _ in range(2):
         params, order = draw_view(len(x), x.shape[-1], args.size, rng)
         params = {name: t.to(args.device, non_blocking=True) for name, t in params.items()}
@@ -869,6 +869,7 @@ def profile(args, images, online, target, optimizer, rounds=5, steps=4):
     its share of the metrics of every --log-every steps.
     """
     views = torch.randn(2 * args.batch_size, 3, args.size, args.size).to(args.device, memory_format=torch.channels_last)
+    args.steps = max(args.steps, (rounds + 1) * steps)                          # the schedules end with the run
     cuda = args.device.startswith("cuda")
     clock, spent, table = 0.0, {}, []
 
@@ -968,6 +969,25 @@ def train(args, images, online, target, optimizer):
     return 0
 
 
+def set_up(args):
+    """Networks and optimizer of a run: (online, target, optimizer)."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(args.seed)
+    online = Network(args)
+    target = make_target(online, args.loss)
+    for network in (online, target):
+        network.to(args.device, memory_format=torch.channels_last)
+        if args.compile:
+            network.compile()
+    try:
+        groups = param_groups(online, args.weight_decay, args.lars_layers, dict(args.lr_mult))
+    except ValueError as error:
+        stop(2, f"--lars-layers or --lr-mult: {error}")
+    optimizer = LARS(groups, args.lr) if args.opt == "lars" else torch.optim.SGD(groups, args.lr, momentum=0.9)
+    return online, target, optimizer
+
+
 def main(argv):
     args = parse_arguments(argv)
     images = load_images(args.data, args.data_dir, args.download, args.size)
@@ -980,27 +1000,16 @@ def main(argv):
         args.steps = args.epochs * (n // args.batch_size)
     elif args.steps is None:
         args.steps = 1200
-
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(args.seed)
-    online = Network(args)
-    target = make_target(online, args.loss)
-    for network in (online, target):
-        network.to(args.device, memory_format=torch.channels_last)
-    try:
-        groups = param_groups(online, args.weight_decay, args.lars_layers, dict(args.lr_mult))
-    except ValueError as error:
-        stop(2, f"--lars-layers or --lr-mult: {error}")
-    optimizer = LARS(groups, args.lr) if args.opt == "lars" else torch.optim.SGD(groups, args.lr, momentum=0.9)
-
-    if args.compile:
-        online.compile()
-        target.compile()
+    if args.device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # without it cuBLAS is not deterministic
+        torch.backends.cuda.matmul.allow_tf32 = True
+        if images.pretrain.shape.numel() < torch.cuda.mem_get_info(args.device)[0] / 2:
+            images = images._replace(pretrain=images.pretrain[:].to(args.device))
+    online, target, optimizer = set_up(args)
     if args.profile:
-        args.steps = max(args.steps, 1)
         profile(args, images.pretrain, online, target, optimizer)
         return 0
+
     if open_run(args.out, describe(args, argv)):
         print(f"{args.out} holds this run, finished; remove the folder to run it again")
         return 0
