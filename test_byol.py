@@ -769,7 +769,7 @@ def test_profile(flags, capsys):
     assert not os.path.exists("runs")
 
 
-def test_amp_keeps_the_verdict_of_the_loss(shapes):
+def test_amp_keeps_loss_and_metrics_in_fp32(shapes):
     """In bfloat16 autocast the first losses agree to its precision, and loss and metrics are fp32."""
     losses = {}
     for amp in ([], ["--amp"]):
