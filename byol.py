@@ -14,7 +14,6 @@ import copy
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
+from torch.utils.data import ConcatDataset
 from torchvision import datasets
 
 from lars import LARS, param_groups
@@ -73,8 +73,7 @@ def generator(seed, stream, index):
 # ------------------------------------------------------------------------ arguments
 
 
-def cpuinfo():
-    return Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+CPUINFO = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -152,7 +151,7 @@ def parse_arguments(argv):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         stop(2, f"--device {args.device}: {str(error).splitlines()[0]}")
-    if args.device.startswith("cpu") and args.amp and "bf16" not in cpuinfo():
+    if args.device.startswith("cpu") and args.amp and "bf16" not in CPUINFO:
         print("--amp: this CPU has no bf16 instructions, so the run is in fp32")
         args.amp = False
     if args.threads:
@@ -209,7 +208,7 @@ def draw_shapes(per_class, seed, side=32):
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
     for field in FORMS.values():
-        cell, tilt = uniform(0.75, 0.95, 1, 1), uniform(-0.15, 0.15, 1, 1)             # side of a cell over the image's
+        cell, tilt = uniform(0.95, 1.1, 1, 1), uniform(-0.15, 0.15, 1, 1)             # side of a cell over the image's
         x = (tilt.cos() * grid + tilt.sin() * grid[:, None]) / cell + uniform(-1, 1, 1, 1)
         y = (tilt.cos() * grid[:, None] - tilt.sin() * grid) / cell + uniform(-1, 1, 1, 1)
         height = field(fold(x), fold(y))
@@ -239,10 +238,67 @@ class ImageFile:
         return torch.from_numpy(np.array(images[index]))
 
 
-def keep_images(folder, key, write):
-    """The path folder/key, made by `write(file)` if it is not there yet. What `folder` held under other keys is then
-    removed, and a second run that wants the same waits for the first."""
-    path = os.path.join(folder, key)
+def picture(path):
+    try:
+        return datasets.folder.pil_loader(path)             # converts any mode to RGB
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from None
+
+
+def open_folder(root):
+    """DIR/train/CLASS/*, DIR/test/CLASS/* and, for pre-training only, DIR/unlabeled/*: three data sets."""
+    try:
+        train, test = (datasets.ImageFolder(os.path.join(root, split), loader=picture) for split in ("train", "test"))
+    except OSError as error:
+        stop(2, f"--data folder:{root}: {error}; it needs train/CLASS/* and test/CLASS/* images")
+    if len(train.classes) < 2:
+        stop(2, f"--data folder:{root}: train has one class, {train.classes[0]}; the evaluation needs two")
+    for name in set(train.classes) ^ set(test.classes):
+        stop(2, f"--data folder:{root}: class {name} is in one of train and test only")
+    unlabeled, paths = copy.copy(train), sorted(map(str, Path(root, "unlabeled").glob("*")))
+    unlabeled.samples = [(path, 0) for path in paths if path.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+    return train, unlabeled, test
+
+
+def open_torchvision(name, root, download):
+    dataset = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}[name]
+    try:
+        train, test = (dataset(root, split, download=download) for split in
+                       (("train", "test") if name == "stl10" else (True, False)))
+    except (RuntimeError, OSError) as error:
+        if download:
+            stop(1, f"--data {name}: cannot download to {root}: {error}")
+        stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
+    unlabeled = copy.copy(train)
+    unlabeled.data = train.data[:0]
+    if name == "stl10":
+        source = os.path.join(root, train.base_folder, "unlabeled_X.bin")
+        unlabeled.data = np.memmap(source, np.uint8, "r").reshape(-1, 3, 96, 96).swapaxes(2, 3)    # it holds columns
+        unlabeled.labels, train.targets, test.targets = np.zeros(len(unlabeled.data), int), train.labels, test.labels
+    return train, unlabeled, test
+
+
+def decode(image, side):
+    """Bytes (3, side, side) of a PIL image; of another size, it is resized by its shorter side and centre-cropped."""
+    if image.size != (side, side):
+        image = TF.center_crop(TF.resize(image, side), side)
+    return TF.pil_to_tensor(image.convert("RGB")).numpy().tobytes()
+
+
+def decode_once(dataset, side, files, folder):
+    """The path of a raw file of all images of `dataset`, which lie in `files`. It is made in `folder` if it is not yet
+    there or `files` have changed; a second run that wants the same waits for the first."""
+    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    path = os.path.join(folder, hashlib.sha256(repr((stats, side)).encode()).hexdigest()[:16])
+
+    def write(file):
+        with ThreadPool() as pool:                          # Pillow decodes without holding the GIL
+            images = pool.imap(lambda i: decode(dataset[i][0], side), range(len(dataset)), chunksize=64)
+            for i, image in enumerate(images, 1):
+                file.write(image)
+                if i % 10000 == 0 or i == len(dataset):
+                    print(f"decoded {i:,} of {len(dataset):,} images to {side} x {side}", flush=True)
+
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -253,134 +309,42 @@ def keep_images(folder, key, write):
     return path
 
 
-def fingerprint(paths, *more):
-    """A name for the present contents of files, by their sizes and times."""
-    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    return hashlib.sha256(repr((stats, more)).encode()).hexdigest()[:16]
-
-
-def load_torchvision(name, root, download):
-    """cifar10, stl10 or fashion-mnist, read by torchvision."""
-    dataset = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}[name]
-    try:
-        train, test = (dataset(root, *split, download=download) for split in
-                       ([["train"], ["test"]] if name == "stl10" else [[True], [False]]))
-    except (RuntimeError, OSError) as error:
-        if download:
-            stop(1, f"--data {name}: cannot download to {root}: {error}")
-        stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
-    if name == "stl10":
-        return load_stl10(train, test, root)
-    if name == "cifar10":
-        images, tests = (torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, test))
-    else:
-        images, tests = (split.data[:, None].repeat(1, 3, 1, 1) for split in (train, test))
-    return Images(images, images, torch.as_tensor(train.targets), tests, torch.as_tensor(test.targets))
-
-
-def load_stl10(train, test, root):
-    """Pre-training sees the 5,000 labelled and the 100,000 unlabelled images, which stay on disk."""
-    source = os.path.join(root, train.base_folder, "unlabeled_X.bin")
-    unlabeled = np.memmap(source, np.uint8, "r").reshape(-1, 3, 96, 96)
-
-    def write(file):
-        file.write(train.data.tobytes())
-        for start in range(0, len(unlabeled), 1000):
-            file.write(unlabeled[start : start + 1000].swapaxes(2, 3).tobytes())      # the file holds columns, not rows
-
-    path = keep_images(os.path.join(root, "stl10-mapped"), fingerprint([source]), write)
-    pretrain = ImageFile(path, (len(train) + len(unlabeled), 3, 96, 96))
-    labels, test_labels = (torch.from_numpy(split.labels).long() for split in (train, test))
-    return Images(pretrain, torch.from_numpy(train.data), labels, torch.from_numpy(test.data), test_labels)
-
-
-def picture(path):
-    try:
-        return datasets.folder.pil_loader(path)             # converts any mode to RGB
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from None
-
-
-def decode(path, side, resize):
-    """Bytes (3, side, side) of an image file. Of another size, it is resized by its shorter side and centre-cropped, or
-    without `resize` has no bytes."""
-    image = picture(path)
-    if image.size != (side, side):
-        if not resize:
-            return b""
-        image = TF.center_crop(TF.resize(image, side), side)
-    return TF.pil_to_tensor(image).numpy().tobytes()
-
-
-def decode_all(paths, side, resize):
-    """`decode` of each path in order, in as many processes as there are cores."""
-    pool = ProcessPoolExecutor()
-    try:
-        images = pool.map(decode, paths, itertools.repeat(side), itertools.repeat(resize), chunksize=64)
-        for i, image in enumerate(images, 1):
-            if i % 10000 == 0 or i == len(paths):
-                print(f"decoded {i:,} of {len(paths):,} images", flush=True)
-            yield image
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def load_folder(root, size, data_dir):
-    """DIR/train/CLASS/*, DIR/test/CLASS/* and, for pre-training only, DIR/unlabeled/*: any format Pillow reads.
-
-    Square images of one size stay as they are; else each is resized, its shorter side to `size`, and centre-cropped.
-    They are decoded once, into a file under `data_dir` that later runs map, until the folder changes.
-    """
-    try:
-        train, test = (datasets.ImageFolder(os.path.join(root, split)) for split in ("train", "test"))
-    except OSError as error:
-        stop(2, f"--data folder:{root}: {error}; it needs train/CLASS/* and test/CLASS/* images")
-    if len(train.classes) < 2:
-        stop(2, f"--data folder:{root}: train has one class, {train.classes[0]}; the evaluation needs two")
-    for name in set(train.classes) ^ set(test.classes):
-        stop(2, f"--data folder:{root}: class {name} is in one of train and test only")
-    unlabeled = (p for p in Path(root, "unlabeled").glob("*") if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
-    paths = [*(path for path, _ in train.samples), *sorted(unlabeled), *(path for path, _ in test.samples)]
-
-    def write(file):
-        side = picture(paths[0]).size[0]                    # all are likely square and as large as the first
-        if not all(file.write(image) for image in decode_all(paths, side, resize=False)):
-            print(f"images of several sizes or not square: each resized and cropped to {size} x {size}")
-            file.seek(0)
-            file.truncate()
-            file.writelines(decode_all(paths, size, resize=True))
-
-    folder = os.path.join(data_dir, "folder-" + hashlib.sha256(os.path.abspath(root).encode()).hexdigest()[:16])
-    try:
-        path = keep_images(folder, fingerprint(paths, size), write)
-    except ValueError as error:
-        stop(1, f"--data folder:{root}: {error}")
-    side = math.isqrt(os.path.getsize(path) // len(paths) // 3)
-    splits = (0, len(paths) - len(test)), (0, len(train)), (len(paths) - len(test), len(paths))
-    pretrain, train_images, tests = (ImageFile(path, (stop - start, 3, side, side), start) for start, stop in splits)
-    return Images(pretrain, train_images, torch.tensor(train.targets), tests, torch.tensor(test.targets))
-
-
 def load_images(data, data_dir, download, size):
+    """The images of --data. All but the embedded ones are decoded once, into `data_dir`, and mapped from there: as they
+    are where they are square and of one size, else resized and cropped to `size`."""
     if data == "shapes":
         train, labels = draw_shapes(1000, seed=0)
         return Images(train, train, labels, *draw_shapes(200, seed=1))
-    if data in ("cifar10", "stl10", "fashion-mnist"):
-        return load_torchvision(data, data_dir, download)
+    root = os.path.abspath(data.removeprefix("folder:"))
     if data.startswith("folder:"):
-        return load_folder(data.removeprefix("folder:"), size, data_dir)
-    stop(2, f"--data {data}: not shapes, cifar10, stl10, fashion-mnist or folder:DIR")
+        splits = open_folder(root)
+        folder, files = os.path.basename(root), [path for split in splits for path, _ in split.samples]
+        folder += "-" + hashlib.sha256(root.encode()).hexdigest()[:8]
+    elif data in ("cifar10", "stl10", "fashion-mnist"):
+        splits, folder, files = open_torchvision(data, data_dir, download), data, []
+    else:
+        stop(2, f"--data {data}: not shapes, cifar10, stl10, fashion-mnist or folder:DIR")
+    dataset = ConcatDataset(splits)
+    n, ends = len(dataset), dataset.cumulative_sizes
+    try:
+        sizes = {dataset[i][0].size for i in range(0, n, n // 100 + 1)}         # a hundred of them tell
+        side = min(min(sizes)) if len(sizes) == 1 and len(set(min(sizes))) == 1 else size
+        path = decode_once(dataset, side, files, os.path.join(data_dir, "decoded", folder))
+    except ValueError as error:
+        stop(1, f"--data {data}: {error}")
+    train, pretrain, test = (ImageFile(path, (last - first, 3, side, side), first) for first, last in
+                             ((0, ends[0]), (0, ends[1]), (ends[1], n)))
+    labels, test_labels = (torch.as_tensor(split.targets).long() for split in (splits[0], splits[2]))
+    return Images(pretrain, train, labels, test, test_labels)
 
 
 # ------------------------------------------------------------------------ views
 
 
 def draw_view(n, side, size, rng):
-    """The random parameters of one view of n square images, drawn on the CPU with torchvision's distributions.
-
-    Crop boxes as RandomResizedCrop.get_params: the first of ten tries that fits, else the whole image. An operation
-    that is not applied gets the parameter that changes nothing. The order of the jitter is drawn once per batch.
-    """
+    """The random parameters of one view of n square images, drawn on the CPU with torchvision's distributions. Crops
+    are RandomResizedCrop's: the first of ten tries that fits, else the whole image. An operation that is not applied
+    gets the parameter that changes nothing. The order of the jitter is drawn once per batch."""
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=rng)
@@ -392,9 +356,7 @@ def draw_view(n, side, size, rng):
     ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
     tries = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).round()           # (n, 2, 10): height, width
     fits = (tries <= side).all(1)
-    first = fits.int().argmax(1)
-    extent = tries[torch.arange(n), :, first]
-    extent = torch.where(fits.any(1)[:, None], extent, side)
+    extent = torch.where(fits.any(1)[:, None], tries[torch.arange(n), :, fits.int().argmax(1)], side)
     start = (uniform(0, 1, 2) * (side - extent + 1)).floor()
     apply = chance(P_JITTER)
     params = {"start": start, "extent": extent, "flip": chance(P_FLIP)}
@@ -407,13 +369,10 @@ def draw_view(n, side, size, rng):
 
 
 def resize_matrix(start, extent, side, size):
-    """(N, size, side) rows that resize pixels [start, start + extent) of `side` to `size`: bilinear with antialiasing.
-
-    The weights of torch's `upsample_bilinear2d` with antialias=True, which is what RandomResizedCrop calls.
-    """
+    """(N, size, side) rows that resize pixels [start, start + extent) of `side` to `size`: bilinear with antialiasing,
+    by the weights of torch's `upsample_bilinear2d`, which RandomResizedCrop calls."""
     start, extent = start[:, None, None], extent[:, None, None]
-    pixel = torch.arange(side, device=start.device)
-    scale = extent / size
+    pixel, scale = torch.arange(side, device=start.device), extent / size
     centre = start + scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
     weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
     weight = weight * ((pixel >= start) & (pixel < start + extent))
@@ -512,10 +471,7 @@ class PerView:
     """Batch normalization of a batch that holds two views, one after the other, each with its own statistics."""
 
     def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        first, second = x.chunk(2)
-        return torch.cat([super().forward(first), super().forward(second)])
+        return torch.cat([super(PerView, self).forward(view) for view in x.chunk(2 if self.training else 1)])
 
 
 PER_VIEW = {norm: type(norm.__name__, (PerView, norm), {}) for norm in (nn.BatchNorm1d, nn.BatchNorm2d)}
@@ -593,19 +549,13 @@ def simclr_loss(q1, q2):
 
 @torch.no_grad()
 def collapse_metrics(y1, z1, y2, z2):
-    """How far apart the representations of a batch's images lie; dict of floats.
-
-    pos_cos   cosine of the projections of two views of one image, mean
-    neg_cos   cosine of the projections of different images in one view, mean over all pairs; rep_dist = 1 - neg_cos
-    z_std     standard deviation of a feature of the unit-length z, mean over features, times sqrt(d): 1 where z
-              spreads evenly over the sphere, 0 at collapse; y_std the same for y
-    y_rank    effective rank of y: exp of the entropy of its singular values (RankMe, arXiv 2210.02885); 1 at collapse
-    Cosines come from squared differences, which stay exact where 1 - cos is smaller than rounding.
-    """
+    """How far apart a batch's images lie, (N, d) each; dict of floats. pos_cos is the mean cosine of z over the two
+    views of an image, neg_cos that over all pairs of different images in one view, rep_dist 1 - neg_cos; z_std, y_std
+    and y_rank (RankMe, arXiv 2210.02885) are 0, 0 and 1 at collapse. Cosines come from squared differences, which stay
+    exact where 1 - cos is smaller than rounding."""
     y1, z1, y2, z2 = (unit(t.float()) for t in (y1, z1, y2, z2))
-    n = len(z1)
-    spread = [(z - z.mean(0)).square().sum(1).mean() for z in (z1, z2)]
-    rep_dist = sum(spread) / 2 * n / (n - 1)
+    variance = sum((z - z.mean(0)).square().sum(1).mean() for z in (z1, z2)) / 2
+    rep_dist = variance * len(z1) / (len(z1) - 1)
     share = torch.linalg.svdvals(y1)
     share = share / share.sum()
     metrics = {
@@ -620,11 +570,8 @@ def collapse_metrics(y1, z1, y2, z2):
 
 
 def collapse_state(state, rep_dist):
-    """The state of a run in words, from the state before and the representation distance now.
-
-    A run is `collapsed` once the distance falls under COLLAPSED, and `recovered` when it then rises over RECOVERED;
-    a run that never collapsed is `healthy`. The gap between the two keeps noise from flipping the state.
-    """
+    """The state of a run in words, from the state before and the representation distance now: `collapsed` once that
+    falls under COLLAPSED, `recovered` when it then rises over RECOVERED, `healthy` if it never fell."""
     if rep_dist < COLLAPSED or state == "collapsed" and rep_dist <= RECOVERED:
         return "collapsed"
     return "recovered" if state in ("collapsed", "recovered") else "healthy"
@@ -638,8 +585,7 @@ LAYERS = {"stem": "encoder.conv1.", **{f"layer{i}": f"encoder.layer{i}." for i i
 def layer_metrics(online, optimizer):
     """Per layer group, over its weights (biases and norms left out), after a step: norm of the gradient and of the
     weights, largest weight over its tensor's rms, and the mean local LARS rate (None without LARS)."""
-    rates = getattr(optimizer, "rates", {})
-    layers = {}
+    rates, layers = getattr(optimizer, "rates", {}), {}
     for layer, prefix in LAYERS.items():
         weights = {n: p for n, p in online.named_parameters() if n.startswith(prefix) and p.ndim > 1}
         if not weights:
@@ -664,26 +610,21 @@ def features(encoder, images, size, device):
     chunks = []
     for start in range(0, len(images), 256):
         x = images[start : start + 256].to(device) / 255
-        if x.shape[-1] != size:
-            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         chunks.append(encoder(normalize(x)).cpu())
     return torch.cat(chunks)
 
 
 def fit_linear(x, labels):
     """Multinomial logistic regression by L-BFGS to convergence: float64 (N, d), (N,) -> weight (d, classes), bias.
-
-    Minimises the mean cross-entropy + ||weight||^2 / 2N: scikit-learn's LogisticRegression with its default C = 1.
-    The search runs along the principal axes of x, each scaled to the curvature expected there, which takes some 50
-    iterations where it would take 1000; the minimum is the same.
-    """
+    Minimises the mean cross-entropy + ||weight||^2 / 2N, as scikit-learn with C = 1. The search runs along the principal
+    axes of x, each scaled to the curvature expected there: some 50 iterations instead of 1000, and the same minimum."""
     decay = 1 / len(x)
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     axes = axes * (variance.clamp_min(0) + 10 * decay).rsqrt()
     x = x @ axes
     classes = int(labels.max()) + 1
-    weight = torch.zeros(x.shape[1], classes, dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    weight, bias = (torch.zeros(shape, dtype=x.dtype, requires_grad=True) for shape in ((x.shape[1], classes), classes))
     lbfgs = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-5, tolerance_change=0,
                               history_size=20, line_search_fn="strong_wolfe")
 
@@ -698,12 +639,9 @@ def fit_linear(x, labels):
 
 
 def linear_accuracy(train, train_labels, test, test_labels):
-    """Test accuracy in percent of a linear classifier on frozen features (N, d).
-
-    Features are centred and divided by one common scale, their standard deviation over all images and features. A
-    deviation under 1e-5 of the features' rms, which is what fp32 rounding leaves of a constant, counts as 0: scaled up,
-    it could tell classes apart.
-    """
+    """Test accuracy in percent of a linear classifier on frozen features (N, d), centred and divided by one common
+    scale, their standard deviation. A deviation under 1e-5 of the features' rms, which is what fp32 rounding leaves of
+    a constant, counts as 0: scaled up, it could tell classes apart."""
     train, test = train.double(), test.double()
     mean, rounding = train.mean(0), 1e-5 * train.square().mean().sqrt().item()
     train, test = F.hardshrink(train - mean, rounding), F.hardshrink(test - mean, rounding)
@@ -749,14 +687,14 @@ def describe(args, argv):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    models = re.findall(r"model name\s*: (.*)", cpuinfo()) or [platform.processor()]
+    cpu = re.search(r"model name\s*: (.*)", CPUINFO)
     return {
         "flags": {name: value for name, value in vars(args).items() if name != "out"},
         "command": shlex.join(["python", "byol.py", *argv]),
         "commit": commit,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__, "numpy": np.__version__},
-        "hardware": {"machine": platform.machine(), "cpu": models[0], "threads": torch.get_num_threads(),
+        "hardware": {"machine": platform.machine(), "cpu": cpu and cpu[1], "threads": torch.get_num_threads(),
                      "gpu": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None},
     }
 
@@ -875,30 +813,27 @@ PARTS = "images", "views", "online forward", "target forward", "backward", "opti
 
 def profile(args, images, online, target, optimizer, rounds=5, steps=4):
     """Print where the time of a step goes, and its floor: both networks' forwards and the backward on fixed tensors.
-
-    Steps and floors alternate, so that what else the machine does falls on both; medians are over `rounds`. A step has
-    its share of the metrics of every --log-every steps.
-    """
+    Steps and floors alternate, so that what else the machine does falls on both; medians are over `rounds`."""
     views = torch.randn(2 * args.batch_size, 3, args.size, args.size).to(args.device, memory_format=torch.channels_last)
     args.steps = max(args.steps, (rounds + 1) * steps)                          # the schedules end with the run
-    cuda = args.device.startswith("cuda")
-    clock, spent, table = 0.0, {}, []
+    cuda, table, clock = args.device.startswith("cuda"), [], 0.0
 
     def lap(part):
         nonlocal clock
         if cuda:
             torch.cuda.synchronize(args.device)
         now = time.perf_counter()
-        spent[part] = spent.get(part, 0.0) + 1000 / steps * (now - clock)
+        table[-1][part] = table[-1].get(part, 0.0) + 1000 / steps * (now - clock)
         clock = now
 
-    for index in range((rounds + 1) * steps):           # the first round warms up
+    for index in range((rounds + 1) * steps):
+        table += [{}] if index % steps == 0 else []
         lap("between")
         loss, outputs = train_step(args, images, online, target, optimizer, index, lap)
-        if (index + 1) % steps == 0:
+        if index % steps == 0:
             collapse_metrics(*outputs), layer_metrics(online, optimizer), loss.item()
             lap("metrics")
-            spent["metrics"] *= steps / args.log_every
+            table[-1]["metrics"] *= steps / args.log_every                     # a step's share of them
         lap("between")
         with autocast(args):
             prediction = online(views)[2]
@@ -907,21 +842,19 @@ def profile(args, images, online, target, optimizer, rounds=5, steps=4):
                     target(views)
         prediction.float().square().mean().backward()
         lap("floor")
-        if (index + 1) % steps == 0:
-            spent["step"] = sum(spent[part] for part in PARTS)
-            table.append(spent | {"ratio": spent["floor"] / spent["step"],
-                                  "samples_per_s": 1000 / spent["step"] * args.batch_size})
-            spent.clear()
-    columns = *PARTS, "step", "floor", "ratio", "samples_per_s"
-    spread = {name: sorted(row[name] for row in table[1:]) for name in columns}
+    for row in table:
+        row["step"] = sum(row[part] for part in PARTS)
+        row |= {"ratio": row["floor"] / row["step"], "samples_per_s": 1000 / row["step"] * args.batch_size}
     print(f"{'':16}{'median':>10}{'least':>10}{'most':>10}   ms a step")
-    for name, values in spread.items():
-        print(f"{name:16}{values[rounds // 2]:10.4g}{values[0]:10.4g}{values[-1]:10.4g}")
+    figures = {}
+    for name in (*PARTS, "step", "floor", "ratio", "samples_per_s"):
+        values = sorted(row[name] for row in table[1:])                         # the first round warmed up
+        figures[name] = values[rounds // 2], values[0], values[-1]
+        print(f"{name:16}" + "".join(f"{value:10.4g}" for value in figures[name]))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024          # on macOS in KiB, not MiB
     peak = torch.cuda.max_memory_allocated(args.device) / 2**20 if cuda else resident
     print(f"{'peak memory':16}{peak:10.4g} MiB")
-    print(json.dumps({name: [values[rounds // 2], values[0], values[-1]] for name, values in spread.items()}
-                     | {"peak_memory_mib": peak, "threads": torch.get_num_threads()}))
+    print(json.dumps(figures | {"peak_memory_mib": peak, "threads": torch.get_num_threads()}))
 
 
 def train(args, images, online, target, optimizer):
