@@ -4,12 +4,14 @@
     python byol.py --enc-norm gn --mlp-norm none                             # no batch statistics: collapses
     python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2         # and LARS, which turns the collapse
     python byol.py --data stl10 --download --width 64 --size 96 --batch-size 256 --epochs 320 --device cuda
+    torchrun --nproc-per-node 2 byol.py --enc-norm gn --mlp-norm none        # one run on two processes
 
 The script reads top to bottom in the order data flows: arguments, images, views, networks, loss, collapse metrics,
 linear evaluation, checkpoint, training. A run is one folder, and the same command resumes a run that was stopped.
 """
 
 import argparse
+import contextlib
 import copy
 import fcntl
 import functools
@@ -31,10 +33,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import ConcatDataset
 from torchvision import datasets
 
@@ -56,6 +60,7 @@ OPTIMIZERS = {                       # defaults per optimizer
 MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": group_norm, "none": lambda features: nn.Identity()}
 PRINTED = ("loss", "lr", "pos_cos", "neg_cos", "rep_dist", "z_std", "y_std", "y_rank", "images_per_s")
 ORDER, VIEWS = 0, 1                  # what a random stream is for
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))   # of torchrun
 
 
 def stop(status, message):
@@ -68,6 +73,25 @@ def generator(seed, stream, index):
     """A CPU generator that depends on nothing but (seed, stream, index), so no generator state needs saving."""
     state = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
+
+
+def gather(rows):
+    """The rows (N / processes, ...) of all processes in the batch's order; this process's own keep their gradient."""
+    if WORLD == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(WORLD)]
+    dist.all_gather(parts, rows.detach().contiguous())
+    parts[RANK] = rows
+    return torch.cat(parts)
+
+
+def agree(number):
+    """The largest `number` of all processes."""
+    if WORLD == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 # ------------------------------------------------------------------------ arguments
@@ -130,6 +154,7 @@ def parse_arguments(argv):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, order and views (0)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
     add("--threads", type=number(int, 1, 1024), help="CPU threads; 1 where runs share a machine (all cores)")
+    add("--sync-bn", action="store_true", help="with torchrun, on GPUs: BN statistics over all processes")
     add("--amp", action="store_true", help="networks in bfloat16 autocast; loss and metrics stay in fp32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--profile", action="store_true", help="time the parts of a step instead of training; writes nothing")
@@ -138,6 +163,7 @@ def parse_arguments(argv):
     add("--checkpoint-every", type=number(int, 1), default=200, help="steps between checkpoints (200)")
     add("--out", help="folder of the run (runs/ and the flags given)")
     args = parser.parse_args(argv)
+    args.processes = WORLD
 
     if args.lars_layers is not None and args.opt != "lars":
         stop(2, "--lars-layers needs --opt lars")
@@ -147,6 +173,14 @@ def parse_arguments(argv):
             setattr(args, name, value)
     if args.loss == "moco" and 2 * args.batch_size > QUEUE:
         stop(2, f"--batch-size: two views of {args.batch_size} images do not fit moco's queue of {QUEUE}")
+    if args.batch_size % WORLD:
+        stop(2, f"--batch-size {args.batch_size}: the batch does not divide into {WORLD} processes")
+    if WORLD > 1 and args.device == "cuda":
+        args.device = "cuda:" + os.environ["LOCAL_RANK"]
+    if args.sync_bn and (WORLD == 1 or args.device.startswith("cpu")):
+        stop(2, "--sync-bn needs torchrun and --device cuda")
+    if args.profile and WORLD > 1:
+        stop(2, "--profile times one process: leave torchrun away")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -474,7 +508,8 @@ class PerView:
         return torch.cat([super(PerView, self).forward(view) for view in x.chunk(2 if self.training else 1)])
 
 
-PER_VIEW = {norm: type(norm.__name__, (PerView, norm), {}) for norm in (nn.BatchNorm1d, nn.BatchNorm2d)}
+PER_VIEW = {norm: type(norm.__name__, (PerView, norm), {})
+            for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)}
 
 
 class Network(nn.Module):
@@ -488,6 +523,8 @@ class Network(nn.Module):
         self.encoder = resnet18(args.enc_norm, args.width, args.stem)
         self.projection = mlp(8 * args.width, args.proj_norm)
         self.prediction = mlp(PROJECTION, args.pred_norm) if args.loss == "byol" else nn.Identity()
+        if args.sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self)
         for module in self.modules():
             if type(module) in PER_VIEW:
                 module.__class__ = PER_VIEW[type(module)]
@@ -617,8 +654,8 @@ def features(encoder, images, size, device):
 
 def fit_linear(x, labels):
     """Multinomial logistic regression by L-BFGS to convergence: float64 (N, d), (N,) -> weight (d, classes), bias.
-    Minimises the mean cross-entropy + ||weight||^2 / 2N, as scikit-learn with C = 1. The search runs along the principal
-    axes of x, each scaled to the curvature expected there: some 50 iterations instead of 1000, and the same minimum."""
+    Minimises the mean cross-entropy + ||weight||^2 / 2N, as scikit-learn with C = 1. The search runs along the
+    principal axes of x, each scaled to the curvature expected there: some 50 iterations instead of 1000."""
     decay = 1 / len(x)
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     axes = axes * (variance.clamp_min(0) + 10 * decay).rsqrt()
@@ -699,28 +736,40 @@ def describe(args, argv):
     }
 
 
+@contextlib.contextmanager
 def open_run(out, config):
-    """Make the run's folder, or enter it if it holds this very run. Returns whether that run is finished."""
-    path = os.path.join(out, "config.json")
+    """Make the run's folder, or enter it if it holds this very run: (its log, locked, so that a second process with the
+    same run waits until the first is done; whether the run is finished)."""
+    path, log = os.path.join(out, "config.json"), os.path.join(out, "metrics.jsonl")
     try:
         os.makedirs(out, exist_ok=True)
-        present = [name for name in os.listdir(out) if not name.endswith(".tmp")]
-        if present and "config.json" not in present:
-            stop(2, f"--out {out}: neither empty nor a run's folder (it holds {present[0]})")
-        if not present:
-            text = json.dumps(config, indent=1).encode() + b"\n"
-            write_whole(path, lambda file: file.write(text))
+        foreign = [name for name in os.listdir(out) if not name.endswith(".tmp") and os.path.getsize(f"{out}/{name}")]
+        if foreign and not os.path.exists(path):
+            stop(2, f"--out {out}: neither empty nor a run's folder (it holds {foreign[0]})")
+        log = open(log, "ab")
     except OSError as error:
         stop(2, f"--out {out}: {error.strerror}")
-    try:
-        theirs = json.loads(Path(path).read_text())["flags"]
-        differing = [n for n, value in json.loads(json.dumps(config["flags"])).items() if theirs.get(n) != value]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        stop(1, f"{path} is damaged; remove the folder to start again")
-    for name in differing:
-        was, now, flag = theirs.get(name), config["flags"][name], "--" + name.replace("_", "-")
-        stop(2, f"--out {out} holds a run with {flag} {was}, not {now}: give another --out")
-    return "encoder.pt" in present and "checkpoint.pt" not in present
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process runs {out}: waiting for it", flush=True)
+            fcntl.flock(log, fcntl.LOCK_EX)
+        if not os.path.exists(path):
+            text = json.dumps(config, indent=1).encode() + b"\n"
+            write_whole(path, lambda file: file.write(text))
+        try:
+            theirs = json.loads(Path(path).read_text())["flags"]
+            differing = [n for n, value in json.loads(json.dumps(config["flags"])).items() if theirs.get(n) != value]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            stop(1, f"{path} is damaged; remove the folder to start again")
+        for name in differing:
+            flag = name if name == "processes" else "--" + name.replace("_", "-")
+            was, now = theirs.get(name), config["flags"][name]
+            stop(2, f"--out {out} holds a run with {flag} {was}, not {now}: give another --out")
+        with open(log.name, "rb") as written:
+            written.seek(max(0, os.path.getsize(log.name) - 200))
+            yield log, b'{"step": %d, "accuracy"' % config["flags"]["steps"] in written.read()
 
 
 def load_checkpoint(path, parts):
@@ -758,15 +807,18 @@ def image_order(n, seed, epoch):
 
 
 def draw_views(images, step, args, lap):
-    """Both views of the batch of step 0, 1, ..., one after the other: (2 * batch, 3, size, size) on the device."""
+    """Both views of this process's share of the batch of step 0, 1, ..., one after the other, on the device:
+    (2 * batch / processes, 3, size, size). They are drawn for the whole batch, so that every number of processes trains
+    on the same ones."""
     epoch, batch = divmod(step, len(images) // args.batch_size)
-    chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size : (batch + 1) * args.batch_size]
+    share = slice(RANK * args.batch_size // WORLD, (RANK + 1) * args.batch_size // WORLD)
+    chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size :][share]
     x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
     lap("images")
     rng, views = generator(args.seed, VIEWS, step), []
     for _ in range(2):
-        params, order = draw_view(len(x), x.shape[-1], args.size, rng)
-        params = {name: t.to(args.device, non_blocking=True) for name, t in params.items()}
+        params, order = draw_view(args.batch_size, x.shape[-1], args.size, rng)
+        params = {name: t[share].to(args.device, non_blocking=True) for name, t in params.items()}
         views.append(make_view(x, params, order, args.size))
     return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
@@ -776,7 +828,8 @@ def autocast(args):
 
 
 def train_step(args, images, online, target, optimizer, step, lap=lambda part: None):
-    """Step 0, 1, ... of the run; returns the loss and both views' y and z. `lap` hears of each part as it ends."""
+    """Step 0, 1, ... of the run; returns the loss and both views' y and z, of this process's share of the batch. `lap`
+    hears of each part as it ends."""
     views = draw_views(images, step, args, lap)
     lap("views")
     with autocast(args):
@@ -792,9 +845,9 @@ def train_step(args, images, online, target, optimizer, step, lap=lambda part: N
     elif args.loss == "moco":
         loss = (moco_loss(q1, t2, target.queue) + moco_loss(q2, t1, target.queue)) / 2
     else:
-        loss = simclr_loss(q1, q2)
+        loss = simclr_loss(gather(q1), gather(q2))
     optimizer.zero_grad()
-    loss.backward()
+    (loss * WORLD if args.loss == "simclr" else loss).backward()        # simclr's gradient is a sum over processes
     lap("backward")
     for group in optimizer.param_groups:
         group["lr"] = rate(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
@@ -802,8 +855,8 @@ def train_step(args, images, online, target, optimizer, step, lap=lambda part: N
     lap("optimizer")
     update_target(target, online, tau(step, args.steps, args.ema))
     if args.loss == "moco":
-        place = (torch.arange(2 * len(t1), device=t1.device) + step * 2 * len(t1)) % QUEUE
-        target.queue.index_copy_(0, place, unit(torch.cat([t1, t2])))
+        keys = unit(torch.cat([gather(t1), gather(t2)]))
+        target.queue.index_copy_(0, (torch.arange(len(keys), device=keys.device) + step * len(keys)) % QUEUE, keys)
     lap("EMA")
     return loss.detach(), (y1, z1, y2, z2)
 
@@ -857,21 +910,32 @@ def profile(args, images, online, target, optimizer, rounds=5, steps=4):
     print(json.dumps(figures | {"peak_memory_mib": peak, "threads": torch.get_num_threads()}))
 
 
-def train(args, images, online, target, optimizer):
-    """Train to the end, from the checkpoint if there is one. Returns the signal that stopped the run, or 0."""
-    checkpoint, parts = os.path.join(args.out, "checkpoint.pt"), dict(online=online, target=target, optimizer=optimizer)
+def train(args, images, online, target, optimizer, log, checkpoint):
+    """Train to the end, from the checkpoint if there is one. Returns the signal that stopped the run, or 0. `log` is
+    open in process 0 alone, which does all the writing."""
+    parts = dict(online=online, target=target, optimizer=optimizer)
     start, state, log_bytes = load_checkpoint(checkpoint, parts)
-    log = open(os.path.join(args.out, "metrics.jsonl"), "ab")
-    log.truncate(log_bytes)             # what a killed run wrote after its last checkpoint comes again
+    if RANK == 0:
+        log.truncate(log_bytes)         # what a killed run wrote after its last checkpoint comes again
     if start:
         print(f"resumed at step {start}")
+    network = online
+    if WORLD > 1:                       # it averages the gradients; each process keeps BN's running averages of its own
+        network = DistributedDataParallel(online, broadcast_buffers=False)
 
     def write_line(line):
-        log.write(json.dumps(line).encode() + b"\n")
-        log.flush()
+        if RANK == 0:
+            short = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.7g}"))  # as fp32 holds
+            log.write(json.dumps(short).encode() + b"\n")
+            log.flush()
 
     def evaluation(step):
+        if RANK > 0:
+            return
         accuracy = evaluate(online.encoder, images, args.size, args.device)
+        if step == args.steps:          # before the line that says that the run is finished
+            encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
+            write_whole(os.path.join(args.out, "encoder.pt"), lambda file: torch.save(encoder, file))
         write_line({"step": step, "accuracy": accuracy, "state": state})
         print(f"step {step:>6} linear accuracy on test {accuracy:.2f} %, {state}", flush=True)
 
@@ -883,10 +947,12 @@ def train(args, images, online, target, optimizer):
     began = clock = time.perf_counter()
     clock_step = start
     for step in range(start, args.steps):
-        loss, outputs = train_step(args, images.pretrain, online, target, optimizer, step)
-        done = step + 1
+        loss, outputs = train_step(args, images.pretrain, network, target, optimizer, step)
+        done, stopped_by = step + 1, agree(signals[0] if signals else 0)
         ends, logs = done == args.steps, done == 1 or done % args.log_every == 0
-        saves = not ends and (done % args.checkpoint_every == 0 or signals)
+        saves = not ends and (done % args.checkpoint_every == 0 or stopped_by)
+        if logs or saves or ends:
+            loss, outputs = gather(loss[None]).mean(), [gather(t) for t in outputs]
         if (logs or saves or ends) and not math.isfinite(loss):      # the one place that waits for the device
             stop(1, f"the loss is {loss.item()} at step {done}: the run diverged; try a lower --lr")
         if logs or ends:
@@ -904,12 +970,12 @@ def train(args, images, online, target, optimizer):
             evaluation(done)
         if logs:
             clock, clock_step = time.perf_counter(), done
-        if saves:
+        if saves and RANK == 0:
             content = {name: part.state_dict() for name, part in parts.items()}
             content |= dict(step=done, state=state, log_bytes=log.tell())
             write_whole(checkpoint, lambda file: torch.save(content, file))
-        if signals and not ends:
-            return signals[0]
+        if stopped_by and not ends:
+            return stopped_by
     return 0
 
 
@@ -933,7 +999,11 @@ def set_up(args):
 
 
 def main(argv):
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     args = parse_arguments(argv)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
     images = load_images(args.data, args.data_dir, args.download, args.size)
     n, side = len(images.pretrain), images.pretrain.shape[-1]
     if args.batch_size > n:
@@ -954,21 +1024,22 @@ def main(argv):
         profile(args, images.pretrain, online, target, optimizer)
         return 0
 
-    if open_run(args.out, describe(args, argv)):
-        print(f"{args.out} holds this run, finished; remove the folder to run it again")
-        return 0
-    print(f"{n:,} images of {args.data}, {args.steps} steps of {args.batch_size}, into {args.out}")
-    for group in optimizer.param_groups:
-        size = sum(p.numel() for p in group["params"])
-        print(f"{size:,} parameters: LARS {'on' if group['lars'] else 'off'}, weight decay {group['weight_decay']:g}, "
-              f"rate x {group['lr_mult']:g}", flush=True)
-    stopped_by = train(args, images, online, target, optimizer)
+    checkpoint, nothing = Path(args.out, "checkpoint.pt"), contextlib.nullcontext((None, False))
+    with open_run(args.out, describe(args, argv)) if RANK == 0 else nothing as (log, finished):
+        if agree(int(finished)):
+            print(f"{args.out} holds this run, finished; remove the folder to run it again")
+            stopped_by = 0
+        else:
+            print(f"{n:,} images of {args.data}, {args.steps} steps of {args.batch_size}, into {args.out}")
+            for group in optimizer.param_groups:
+                size, lars = sum(p.numel() for p in group["params"]), "on" if group["lars"] else "off"
+                print(f"{size:,} parameters: LARS {lars}, weight decay {group['weight_decay']:g}, "
+                      f"rate x {group['lr_mult']:g}", flush=True)
+            stopped_by = train(args, images, online, target, optimizer, log, checkpoint)
     if stopped_by:
         print(f"stopped by {signal.Signals(stopped_by).name}; the same command resumes the run", flush=True)
         return 128 + stopped_by
-    encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
-    write_whole(os.path.join(args.out, "encoder.pt"), lambda file: torch.save(encoder, file))
-    Path(args.out, "checkpoint.pt").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return 0
 
 
@@ -979,3 +1050,11 @@ if __name__ == "__main__":
         stop(130, "stopped before the first step")
     except OSError as error:
         stop(1, f"{error.filename or 'the disk'}: {error.strerror}")
+    except RuntimeError as error:
+        if WORLD == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        stop(1, f"process {RANK} lost the others ({reason}); the same command resumes from the last checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Tests: each value is checked against torch, torchvision, scikit-learn or the formula, and runs drive the real script."""
 
 import copy
+import io
 import json
 import math
 import multiprocessing
@@ -881,13 +882,45 @@ def test_bad_run_folders(folder, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
     out = tmp_path / "run"
     byol.main([*map(str, flags), "--out", str(out)])
-    lines, encoder = log(out), (out / "encoder.pt").read_bytes()
     assert byol.main([*map(str, flags), "--out", str(out)]) == 0 and "finished" in capsys.readouterr().out
     assert "--lr 0.2" in refused(capsys, 2, *flags, "--lr", "0.1", "--out", out)
-    for content in (b"", encoder[:1000], encoder, pickle.dumps(print)):
+    (out / "config.json").write_text('{"flags": [')
+    assert "config.json is damaged" in refused(capsys, 1, *flags, "--out", out)
+
+
+class Harm:
+    """Unpickled, it makes the folder it names."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_damaged_checkpoints_are_refused(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "100000", "--out", out]
+    run = Run(*flags)
+    run.until_step(3)
+    run.process.terminate()
+    run.wait()
+    checkpoint, lines = (out / "checkpoint.pt").read_bytes(), log(out)
+    foreign = io.BytesIO()
+    torch.save({"online": Harm(tmp_path / "harm")}, foreign)
+    damaged = [checkpoint[: len(checkpoint) * tenth // 10] for tenth in range(10)]
+    damaged += [pickle.dumps(Harm(tmp_path / "harm")), foreign.getvalue(), checkpoint[:-1000] + bytes(1000)]
+    for content in damaged:
         (out / "checkpoint.pt").write_bytes(content)
-        assert "checkpoint.pt" in refused(capsys, 1, *flags, "--out", out)
-    assert log(out) == lines and (out / "encoder.pt").read_bytes() == encoder
+        assert "checkpoint.pt" in refused(capsys, 1, *flags)
+        assert log(out) == lines and (out / "checkpoint.pt").read_bytes() == content
+    assert not (tmp_path / "harm").exists()
+    (out / "checkpoint.pt").write_bytes(checkpoint)
+    resumed = Run(*flags)
+    resumed.until_step()
+    resumed.process.kill()
+    resumed.wait()
+    assert log(out)[: len(lines)] == lines
 
 
 def test_diverging_run(folder, tmp_path, capsys):

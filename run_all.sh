@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# Every configuration of the study, one line each. Results: results/README.md
+#
+#   bash run_all.sh                                 all of them, on the embedded images
+#   bash run_all.sh C4 D7                           those of some claims
+#   bash run_all.sh --list                          print the commands and run nothing
+#   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results bash run_all.sh C3 C4 -- --eval-every 1000
+#
+# DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (1); each gets a GPU of its own where there are several.
+# STEPS: the length of every run, in place of the table's. OUT: where the runs' folders go (runs). What stands after --
+# goes to every byol.py. A finished run is skipped, a cut-off one resumes. In a Slurm array each element runs its command.
+
+NO_BATCH="--enc-norm gn --mlp-norm none"    # no batch statistics anywhere
+
+# claims         name                 steps  flags
+CONFIGURATIONS="
+random           random-bn                0  --enc-norm bn
+random           random-gn                0  --enc-norm gn
+random           random-gnws              0  --enc-norm gn+ws
+C3               bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
+C1,B1,B5         bn-none-sgd          18000  --enc-norm bn --mlp-norm none
+C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none --opt lars --lr 0.2
+C4,B1,B5,D8      gn-none-sgd           6000  $NO_BATCH
+C5               gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
+C6,D6            gn-none-lars          6000  $NO_BATCH --opt lars --lr 0.2
+C7,D10           gn-none-lars-0.1      6000  $NO_BATCH --opt lars --lr 0.1
+D10              gn-none-lars-0.5      6000  $NO_BATCH --opt lars --lr 0.5
+D1,D4            gn-none-sgd-wd1e-5   18000  $NO_BATCH --weight-decay 1e-5
+D2,D4            gn-none-sgd-wd1e-4   18000  $NO_BATCH --weight-decay 1e-4
+D3               gn-none-sgd-wd1e-6   18000  $NO_BATCH --weight-decay 1e-6
+D3               gn-none-sgd-wd1e-3   18000  $NO_BATCH --weight-decay 1e-3
+D5               gnws-none-sgd        18000  --enc-norm gn+ws --mlp-norm none
+D7,D6            gn-none-lars-early    6000  $NO_BATCH --opt lars --lr 0.2 --lars-layers encoder.layer[12]
+D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[12]=10
+D9               gn-none-lars-mlps     6000  $NO_BATCH --opt lars --lr 0.2 --lars-layers projection|prediction
+B2               bn-ln-sgd             6000  --enc-norm bn --mlp-norm ln
+B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --loss moco
+B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
+B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
+X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none --opt lars --lr 0.2
+"
+
+set -uf                         # no globbing: [12] and | stand in flags
+export LC_ALL=C
+usage() {
+    echo "run_all.sh: $1" >&2
+    exit 2
+}
+[ -f byol.py ] || usage "run it in the folder that holds byol.py"
+
+# Its arguments as one line that a shell reads back, quoted as Python's shlex.join does in a run's config.json.
+quoted() {
+    local word line=
+    for word; do
+        case $word in
+        '' | *[!a-zA-Z0-9_@%+=:,./-]*) line="$line '${word//\'/\'\"\'\"\'}'" ;;
+        *) line="$line $word" ;;
+        esac
+    done
+    printf '%s' "${line# }"
+}
+
+list=
+claims=
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case $1 in
+    --list) list=1 ;;
+    -*) usage "$1 is not an option; byol.py's flags stand after --" ;;
+    *)
+        grep -Eq "^([A-Z0-9]+,)*$1[, ]|^$1 " <<<"$CONFIGURATIONS" || usage "$1 is no claim of the table"
+        claims="$claims $1"
+        ;;
+    esac
+    shift
+done
+[ $# -gt 0 ] && shift
+more=("$@")
+for number in "${JOBS:=1}" "${STEPS:=0}" ${SEEDS:=0}; do
+    case $number in '' | *[!0-9]*) usage "JOBS, STEPS and SEEDS are whole numbers, not '$number'" ;; esac
+done
+[ "$JOBS" -gt 0 ] || usage "JOBS is at least 1"
+
+# names[i], steps[i] and commands[i]: run i, its length, and its command as a shell reads it
+names=()
+steps=()
+commands=()
+for seed in $SEEDS; do
+    while read -r ids name length flags; do
+        wanted=${claims:+no}
+        for claim in $claims; do
+            case ,$ids, in *,"$claim",*) wanted= ;; esac
+        done
+        [ -n "$ids" ] && [ -z "$wanted" ] || continue
+        [ "$STEPS" -gt 0 ] && [ "$length" -gt 0 ] && length=$STEPS
+        names+=("$name-s$seed")
+        steps+=("$length")
+        # shellcheck disable=SC2086  # $flags are several words
+        commands+=("$(quoted python byol.py $flags --steps "$length" --data "${DATA:-shapes}" --seed "$seed" \
+            --threads 1 --out "${OUT:-runs}/$name-s$seed" ${more[@]+"${more[@]}"})")
+    done <<<"$CONFIGURATIONS"
+done
+if [ -n "$list" ]; then
+    printf '%s\n' "${commands[@]}"
+    exit
+fi
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    [ "$SLURM_ARRAY_TASK_ID" -lt ${#names[@]} ] || usage "element $SLURM_ARRAY_TASK_ID of ${#names[@]} runs, counted from 0"
+    eval "exec ${commands[SLURM_ARRAY_TASK_ID]}"
+fi
+
+mkdir -p "${OUT:=runs}" || exit 1
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+pids=()                         # of the runs under way, by slot
+running=()                      # which run each is
+failed=
+finished=0
+total=0
+for length in "${steps[@]}"; do total=$((total + length + 100)); done        # 100: start and evaluation
+covered=0
+skipped=0
+
+# Whether run $1 is finished. The log's last line says so; byol.py itself looks closer at any other run.
+is_finished() {
+    local run=$OUT/${names[$1]}
+    tail -n 1 "$run/metrics.jsonl" 2>/dev/null | grep -q "^{\"step\": ${steps[$1]}, \"accuracy\"" &&
+        grep -qF "\"command\": \"${commands[$1]}\"" "$run/config.json"
+}
+
+# The run of slot $1 has ended: count it, report it.
+settle() {
+    local i=${running[$1]} status left last
+    wait "${pids[$1]}"
+    status=$?
+    pids[$1]=
+    finished=$((finished + 1))
+    covered=$((covered + steps[i] + 100))
+    left=$(((total - covered) * SECONDS / (covered - skipped)))
+    last=$(tail -n 1 "$OUT/${names[i]}.txt")
+    [ $status -eq 0 ] || failed="$failed${names[i]} (exit status $status): $last"$'\n'
+    printf '[%d/%d, %dh%02dm left] %s: %s\n' $finished ${#names[@]} $((left / 3600)) $((left / 60 % 60)) "${names[i]}" "$last"
+}
+
+interrupted() {
+    echo "stopping; the same command resumes"
+    for pid in ${pids[@]+"${pids[@]}"}; do
+        [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null
+    done
+    wait
+    exit "$1"
+}
+trap 'interrupted 130' INT
+trap 'interrupted 143' TERM
+
+for i in "${!names[@]}"; do
+    if is_finished "$i"; then
+        finished=$((finished + 1))
+        covered=$((covered + steps[i] + 100))
+        skipped=$((skipped + steps[i] + 100))
+        echo "[$finished/${#names[@]}] ${names[i]}: finished before"
+        continue
+    fi
+    slot=
+    while [ -z "$slot" ]; do
+        for ((s = 0; s < JOBS; s++)); do
+            if [ -n "${pids[s]:-}" ] && ! kill -0 "${pids[s]}" 2>/dev/null; then settle $s; fi
+            if [ -z "${pids[s]:-}" ]; then
+                slot=$s
+                break
+            fi
+        done
+        [ -n "$slot" ] || sleep 0.5
+    done
+    (
+        if [ "$gpus" -gt 1 ]; then export CUDA_VISIBLE_DEVICES=$((slot % gpus)); fi
+        eval "exec ${commands[i]}"
+    ) >>"$OUT/${names[i]}.txt" 2>&1 &
+    pids[slot]=$!
+    running[slot]=$i
+done
+for s in "${!pids[@]}"; do
+    [ -z "${pids[s]}" ] || settle "$s"
+done
+if [ -n "$failed" ]; then
+    printf 'failed:\n%s' "$failed" >&2
+    exit 1
+fi
+echo "all ${#names[@]} runs are finished, in $OUT"
