@@ -158,7 +158,7 @@ def parse_arguments(argv):
     add("--amp", action="store_true", help="networks in bfloat16 autocast; loss and metrics stay in fp32")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--profile", action="store_true", help="time the parts of a step instead of training; writes nothing")
-    add("--log-every", type=number(int, 1), default=25, help="steps between lines of metrics (25)")
+    add("--log-every", type=number(int, 1), default=25, help="steps between lines of metrics; powers of two too (25)")
     add("--eval-every", type=number(int, 0), default=0, help="steps between evaluations; 0: one at the end (0)")
     add("--checkpoint-every", type=number(int, 1), default=200, help="steps between checkpoints (200)")
     add("--out", help="folder of the run (runs/ and the flags given)")
@@ -925,7 +925,7 @@ def train(args, images, online, target, optimizer, log, checkpoint):
 
     def write_line(line):
         if RANK == 0:
-            short = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.7g}"))  # as fp32 holds
+            short = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.6g}"))
             log.write(json.dumps(short).encode() + b"\n")
             log.flush()
 
@@ -949,7 +949,7 @@ def train(args, images, online, target, optimizer, log, checkpoint):
     for step in range(start, args.steps):
         loss, outputs = train_step(args, images.pretrain, network, target, optimizer, step)
         done, stopped_by = step + 1, agree(signals[0] if signals else 0)
-        ends, logs = done == args.steps, done == 1 or done % args.log_every == 0
+        ends, logs = done == args.steps, done % args.log_every == 0 or done & (done - 1) == 0
         saves = not ends and (done % args.checkpoint_every == 0 or stopped_by)
         if logs or saves or ends:
             loss, outputs = gather(loss[None]).mean(), [gather(t) for t in outputs]

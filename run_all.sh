@@ -4,7 +4,7 @@
 #   bash run_all.sh                                 all of them, on the embedded images
 #   bash run_all.sh C4 D7                           those of some claims
 #   bash run_all.sh --list                          print the commands and run nothing
-#   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results bash run_all.sh C3 C4 -- --eval-every 1000
+#   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results bash run_all.sh C3 C4 -- --width 16
 #
 # DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (1); each gets a GPU of its own where there are several.
 # STEPS: the length of every run, in place of the table's. OUT: where the runs' folders go (runs). What stands after --
@@ -96,7 +96,8 @@ for seed in $SEEDS; do
         steps+=("$length")
         # shellcheck disable=SC2086  # $flags are several words
         commands+=("$(quoted python byol.py $flags --steps "$length" --data "${DATA:-shapes}" --seed "$seed" \
-            --threads 1 --out "${OUT:-runs}/$name-s$seed" ${more[@]+"${more[@]}"})")
+            --log-every $((length < 40 ? 1 : length / 40)) --eval-every $((length / 6)) --threads 1 \
+            --out "${OUT:-runs}/$name-s$seed" ${more[@]+"${more[@]}"})")
     done <<<"$CONFIGURATIONS"
 done
 if [ -n "$list" ]; then
