@@ -182,7 +182,8 @@ def parse_arguments(argv):
     if args.profile and WORLD > 1:
         stop(2, "--profile times one process: leave torchrun away")
     try:
-        torch.empty(1, device=args.device)
+        if torch.empty(1, device=args.device).device.type not in ("cpu", "cuda"):
+            stop(2, f"--device {args.device}: neither cpu nor cuda")
     except (RuntimeError, AssertionError) as error:
         stop(2, f"--device {args.device}: {str(error).splitlines()[0]}")
     if args.device.startswith("cpu") and args.amp and "bf16" not in CPUINFO:
@@ -920,8 +921,8 @@ def train(args, images, online, target, optimizer, log, checkpoint):
     if start:
         print(f"resumed at step {start}")
     network = online
-    if WORLD > 1:                       # it averages the gradients; each process keeps BN's running averages of its own
-        network = DistributedDataParallel(online, broadcast_buffers=False)
+    if WORLD > 1:                       # it averages the gradients
+        network = DistributedDataParallel(online)
 
     def write_line(line):
         if RANK == 0:
@@ -998,9 +999,10 @@ def set_up(args):
     return online, target, optimizer
 
 
-def main(argv):
+def run(argv):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")       # for names that are not UTF-8
     args = parse_arguments(argv)
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
@@ -1043,9 +1045,10 @@ def main(argv):
     return 0
 
 
-if __name__ == "__main__":
+def main(argv):
+    """Run the command line `argv`; returns the exit status, or exits with one line on what went wrong."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        return run(argv)
     except KeyboardInterrupt:
         stop(130, "stopped before the first step")
     except OSError as error:
@@ -1058,3 +1061,7 @@ if __name__ == "__main__":
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -118,7 +118,7 @@ def find(regex, names):
     """The names in which `regex` is found; raises ValueError if it is malformed or there are none."""
     try:
         found = {name for name in names if re.search(regex, name)}
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{regex!r} is not a regular expression: {error}") from None
     if not found:
         raise ValueError(f"{regex!r} is found in no layer; the names run from {names[0]} to {names[-1]}")

@@ -2,12 +2,15 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,17 +81,20 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__])
 
 
-def run_main(flags, output):
+def run_main(flags, output, file_limit):
     os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = open(1, "w", closefd=False)         # the old one holds a position in the file that 1 was
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
     sys.exit(byol.main(flags))
 
 
 class Run:
-    """byol.py in a process of its own, with its standard output in `lines`."""
+    """byol.py in a process of its own, with its output in `lines`. No file may grow over `file_limit` bytes, if given."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, file_limit=-1):
         reader, writer = FORKS.Pipe(duplex=False)
-        self.process = FORKS.Process(target=run_main, args=([str(flag) for flag in flags], writer))
+        self.process = FORKS.Process(target=run_main, args=([str(flag) for flag in flags], writer, file_limit))
         self.process.start()
         writer.close()
         self.lines = os.fdopen(os.dup(reader.fileno()))
@@ -753,20 +759,188 @@ def test_encoder_loads_into_torchvision(folder, tmp_path):
     assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
 
 
-def test_killed_and_resumed_is_never_killed(folder, tmp_path):
-    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 120 --eval-every 50 --checkpoint-every 7 --loss moco --opt lars --enc-norm bn".split()]
+def wait_for(moment, out):
+    """Until something is being written: a checkpoint, or a line of the log."""
+    log = out / "metrics.jsonl"
+    before = log.stat().st_size
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        if moment == "checkpoint" and (out / "checkpoint.pt.tmp").exists() or moment == "line" and log.stat().st_size != before:
+            return
+
+
+@pytest.mark.parametrize("flags", [
+    "--enc-norm bn --loss moco",
+    "--enc-norm gn --mlp-norm none",
+    "--enc-norm gn --mlp-norm none --opt lars",
+])
+def test_killed_and_resumed_is_never_killed(flags, folder, tmp_path):
+    flags = [*TINY, "--data", f"folder:{folder}", *f"--steps 120 --eval-every 50 --checkpoint-every 7 {flags}".split()]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert Run(*flags, "--out", straight).wait()[0] == 0
     rng = random.Random(0)
-    for _ in range(10):
+    for moment in itertools.islice(itertools.cycle(("checkpoint", "line", "any")), int(os.environ.get("KILLS", 4))):
         run = Run(*flags, "--out", killed)
         run.until_step(rng.randint(1, 4))
-        time.sleep(rng.uniform(0, 0.03))
+        wait_for(moment, killed) if moment != "any" else time.sleep(rng.uniform(0, 0.03))
         run.process.kill()
         assert run.wait()[0] == -signal.SIGKILL
     assert Run(*flags, "--out", killed).wait()[0] == 0
     assert log(straight) == log(killed)
     assert (straight / "encoder.pt").read_bytes() == (killed / "encoder.pt").read_bytes()
+
+
+def test_full_disk(folder, tmp_path):
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 60 --checkpoint-every 10".split()]
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    assert Run(*flags, "--out", straight).wait()[0] == 0
+
+    def runs_out_of_room():
+        status, output = Run(*flags, "--out", out, file_limit=200_000).wait()         # less than a checkpoint
+        assert status == 1 and "byol.py: " in output.splitlines()[-1] and "File too large" in output.splitlines()[-1]
+        assert not list(out.glob("*.tmp"))
+
+    runs_out_of_room()
+    assert not (out / "checkpoint.pt").exists()
+    run = Run(*flags, "--out", out)
+    run.until_step(10)
+    run.process.terminate()
+    run.wait()
+    checkpoint = (out / "checkpoint.pt").read_bytes()
+    runs_out_of_room()
+    assert (out / "checkpoint.pt").read_bytes() == checkpoint
+    assert Run(*flags, "--out", out).wait()[0] == 0
+    assert log(out) == log(straight) and (out / "encoder.pt").read_bytes() == (straight / "encoder.pt").read_bytes()
+
+
+def test_a_second_process_waits_for_the_first(folder, tmp_path):
+    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "200", "--out", tmp_path / "run"]
+    first = Run(*flags)
+    first.until_step()
+    second = Run(*flags)
+    assert first.wait()[0] == 0
+    status, output = second.wait()
+    assert status == 0 and "waiting" in output and "finished" in output and "step" not in output
+    assert [line["step"] for line in log(tmp_path / "run")].count(200) == 2              # trained and judged once
+
+
+def test_long_log(folder, tmp_path):
+    """A run that has logged for two million steps resumes at once."""
+    out = tmp_path / "run"
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 100000 --log-every 25 --out".split(), out]
+    run = Run(*flags)
+    run.until_step(3)
+    run.process.terminate()
+    run.wait()
+    line = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    with open(out / "metrics.jsonl", "wb") as file:
+        file.writelines(itertools.repeat(line, 80_000))
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"log_bytes": 80_000 * len(line)}, out / "checkpoint.pt")
+    began = time.monotonic()
+    run = Run(*flags)
+    run.until_step()
+    assert time.monotonic() - began < 20                # most of it the start of the process
+    run.process.kill()
+    run.wait()
+    with open(out / "metrics.jsonl", "rb") as file:
+        assert sum(1 for _ in file) > 80_000
+
+
+# ---------------------------------------------------------------------------------------------------- many processes
+
+
+def torchrun(processes, *flags):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                             HERE / "byol.py", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("flags", ["--steps 50", "--loss moco --steps 10", "--loss simclr --lr 0.01 --steps 10"])
+def test_two_processes_train_as_one(flags, folder, tmp_path):
+    flags = [*TINY, "--data", f"folder:{folder}", *f"--enc-norm gn --mlp-norm none --log-every 1 {flags}".split()]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert byol.main([*flags, "--out", str(one)]) == 0
+    run = torchrun(2, *flags, "--out", two)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    for ours, theirs in zip(log(one)[:-1], log(two)[:-1], strict=True):
+        for name in ("loss", "rep_dist", "y_rank"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_a_killed_worker_ends_the_run_and_it_resumes(folder, tmp_path, capsys):
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 150 --checkpoint-every 20 --loss simclr".split()]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    whole, run = torchrun(2, *flags, "--out", straight), torchrun(2, *flags, "--out", killed)
+    for line in run.stdout:
+        if line.startswith("step 40/"):
+            break
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output = run.stdout.read()
+    assert run.wait() == 1 and ("the same command resumes" in output)
+    assert (killed / "checkpoint.pt").exists() and whole.wait() == 0
+    assert "processes 2, not 1" in refused(capsys, 2, *flags, "--out", killed)
+    run = torchrun(2, *flags, "--out", killed)
+    output, _ = run.communicate()
+    assert run.returncode == 0 and "resumed at step" in output
+    assert log(straight) == log(killed)
+    assert (straight / "encoder.pt").read_bytes() == (killed / "encoder.pt").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------- run_all.sh
+
+
+def run_all(*arguments, **environment):
+    return subprocess.Popen(["bash", "run_all.sh", *map(str, arguments)], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment})
+
+
+def test_run_all_is_clean_shell():
+    subprocess.run([Path(sys.executable).parent / "shellcheck", "run_all.sh", ".ci/run"], cwd=HERE, check=True)
+
+
+def test_run_all_lists_every_claim_and_runs_nothing(tmp_path):
+    output, _ = run_all("--list", SEEDS="0 1", OUT=str(tmp_path / "out"), STEPS="7").communicate()
+    commands = [shlex.split(line) for line in output.splitlines()]
+    assert len(commands) == len({c[c.index("--out") + 1] for c in commands}) and not (tmp_path / "out").exists()
+    for command in commands:
+        assert command[:2] == ["python", "byol.py"] and byol.parse_arguments(command[2:]).steps in (0, 7)
+    table = (HERE / "run_all.sh").read_text()
+    for claim in [f"C{i}" for i in range(1, 8)] + [f"D{i}" for i in range(1, 11)] + [f"B{i}" for i in range(1, 6)] + ["X1"]:
+        output, _ = run_all("--list", claim).communicate()
+        assert 1 <= len(output.splitlines()) < 10 and claim in table
+    output, _ = run_all("--list", "C3", "--", "--lr-mult", "layer[1]=2 ").communicate()
+    assert shlex.split(output)[-2:] == ["--lr-mult", "layer[1]=2 "]
+    for arguments, environment in ((["C9"], {}), (["-x"], {}), ([], {"JOBS": "0"}), ([], {"STEPS": "x"})):
+        run = run_all(*arguments, **environment)
+        assert run.communicate()[1].startswith("run_all.sh: ") and run.returncode == 2
+
+
+def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
+    out = tmp_path / "out"
+    settings = dict(DATA=f"folder:{folder}", OUT=str(out), STEPS="6", JOBS="2")
+    more = ["--", *TINY, "--data-dir", tmp_path / "data"]
+    (out / "gn-bn-sgd-s0").mkdir(parents=True)
+    (out / "gn-bn-sgd-s0" / "mine").write_text("in the way")
+    run = run_all("C4", "C5", *more, **settings)
+    output, errors = run.communicate()
+    assert run.returncode == 1 and "gn-none-sgd-s0: step      6 linear accuracy" in output
+    assert errors.startswith("failed:\ngn-bn-sgd-s0 (exit status 2): byol.py: --out") and len(errors.splitlines()) == 2
+    shutil.rmtree(out / "gn-bn-sgd-s0")
+    two = [run_all("C4", "C5", *more, **settings) for _ in range(2)]                  # at once, on one folder
+    outputs = [run.communicate()[0] for run in two]
+    assert [run.returncode for run in two] == [0, 0] and all("gn-none-sgd-s0: finished before" in o for o in outputs)
+    assert [line["step"] for line in log(out / "gn-bn-sgd-s0")].count(6) == 2         # trained and judged once
+    settings["STEPS"], settings["OUT"] = "100000", str(tmp_path / "long")
+    run = run_all("C4", "C5", *more, **settings)
+    logs = [tmp_path / "long" / name / "metrics.jsonl" for name in ("gn-none-sgd-s0", "gn-bn-sgd-s0")]
+    while not all(path.exists() and path.stat().st_size for path in logs):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    assert "the same command resumes" in run.communicate()[0] and run.returncode == 130
+    assert all(path.with_name("checkpoint.pt").exists() for path in logs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
