@@ -144,8 +144,8 @@ def parse_arguments(argv):
     add("--lr-mult", metavar="REGEX=FACTOR", type=regex_factor, action="append", default=[],
         help="multiply the rate of the layers in which REGEX is found; repeatable")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(int, 0), help="optimizer steps (1200); 0: random features")
-    length.add_argument("--epochs", type=number(int, 0), help="length in passes over the images instead")
+    length.add_argument("--steps", type=number(int, 0, 10**9), help="optimizer steps (1200); 0: random features")
+    length.add_argument("--epochs", type=number(int, 0, 10**9), help="length in passes over the images instead")
     add("--batch-size", type=number(int, 2), default=64, help="images per step (64)")
     add("--size", type=number(int, 8), default=16, help="side of the views in pixels (16)")
     add("--data", default="shapes", help="shapes, cifar10, stl10, fashion-mnist or folder:DIR (shapes)")
@@ -162,6 +162,9 @@ def parse_arguments(argv):
     add("--eval-every", type=number(int, 0), default=0, help="steps between evaluations; 0: one at the end (0)")
     add("--checkpoint-every", type=number(int, 1), default=200, help="steps between checkpoints (200)")
     add("--out", help="folder of the run (runs/ and the flags given)")
+    for flag in argv:
+        if flag.endswith("=--"):        # argparse would make it an empty list
+            stop(2, f"{flag[:-3]}: '--' is no value")
     args = parser.parse_args(argv)
     args.processes = WORLD
 
@@ -695,6 +698,8 @@ def evaluate(encoder, images, size, device):
     encoder.eval()
     train, test = (features(encoder, split, size, device) for split in (images.train, images.test))
     encoder.train()
+    if not train.isfinite().all() or not test.isfinite().all():
+        stop(1, "the encoder's features are not finite: the run diverged; try a lower --lr")
     accuracy = linear_accuracy(train, images.train_labels, test, images.test_labels)
     if any(not torch.equal(t, before[name]) for name, t in encoder.state_dict().items()):
         raise RuntimeError("the linear evaluation changed the encoder")

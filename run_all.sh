@@ -11,33 +11,35 @@
 # goes to every byol.py. A finished run is skipped, a cut-off one resumes. In a Slurm array each element runs its command.
 
 NO_BATCH="--enc-norm gn --mlp-norm none"    # no batch statistics anywhere
+LARS="--opt lars --warmup 0.03"             # 10 epochs of 320
 
 # claims         name                 steps  flags
 CONFIGURATIONS="
 random           random-bn                0  --enc-norm bn
 random           random-gn                0  --enc-norm gn
 random           random-gnws              0  --enc-norm gn+ws
-C3               bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
-C1,B1,B5         bn-none-sgd          18000  --enc-norm bn --mlp-norm none
-C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none --opt lars --lr 0.2
-C4,B1,B5,D8      gn-none-sgd           6000  $NO_BATCH
-C5               gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
-C6,D6            gn-none-lars          6000  $NO_BATCH --opt lars --lr 0.2
-C7,D10           gn-none-lars-0.1      6000  $NO_BATCH --opt lars --lr 0.1
-D10              gn-none-lars-0.5      6000  $NO_BATCH --opt lars --lr 0.5
+C3,X1            bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
+C1,C2,C3         bn-none-sgd          18000  --enc-norm bn --mlp-norm none
+C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none $LARS --lr 0.2
+C4,B5            gn-none-sgd           6000  $NO_BATCH
+C5,C6            gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
+C6,D7            gn-none-lars          6000  $NO_BATCH $LARS --lr 0.2
+C7,D10           gn-none-lars-0.1      6000  $NO_BATCH $LARS --lr 0.1
+D10              gn-none-lars-0.5      6000  $NO_BATCH $LARS --lr 0.5
 D1,D4            gn-none-sgd-wd1e-5   18000  $NO_BATCH --weight-decay 1e-5
-D2,D4            gn-none-sgd-wd1e-4   18000  $NO_BATCH --weight-decay 1e-4
+D2               gn-none-sgd-wd1e-4   18000  $NO_BATCH --weight-decay 1e-4
 D3               gn-none-sgd-wd1e-6   18000  $NO_BATCH --weight-decay 1e-6
 D3               gn-none-sgd-wd1e-3   18000  $NO_BATCH --weight-decay 1e-3
 D5               gnws-none-sgd        18000  --enc-norm gn+ws --mlp-norm none
-D7,D6            gn-none-lars-early    6000  $NO_BATCH --opt lars --lr 0.2 --lars-layers encoder.layer[12]
+D7,D6            gn-none-lars-early    6000  $NO_BATCH $LARS --lr 0.2 --lars-layers encoder.layer[12]
 D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[12]=10
-D9               gn-none-lars-mlps     6000  $NO_BATCH --opt lars --lr 0.2 --lars-layers projection|prediction
-B2               bn-ln-sgd             6000  --enc-norm bn --mlp-norm ln
+D9,D7            gn-none-lars-mlps     6000  $NO_BATCH $LARS --lr 0.2 --lars-layers projection|prediction
+B1               bn-none-sgd-short     2000  --enc-norm bn --mlp-norm none
+B2               bn-ln-sgd-short       2000  --enc-norm bn --mlp-norm ln
 B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --loss moco
 B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
-X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none --opt lars --lr 0.2
+X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 "
 
 set -uf                         # no globbing: [12] and | stand in flags

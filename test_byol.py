@@ -1,5 +1,6 @@
 """Tests: each value is checked against torch, torchvision, scikit-learn or the formula, and runs drive the real script."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -13,11 +14,14 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # faster for networks this small, and far faster beside other work
 
 import numpy as np
 import pytest
@@ -26,6 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from sklearn.linear_model import LogisticRegression
 
@@ -81,7 +87,9 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__])
 
 
-def run_main(flags, output, file_limit):
+def run_main(flags, output, file_limit, environment):
+    os.environ.update(environment)
+    byol.RANK, byol.WORLD = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = open(1, "w", closefd=False)         # the old one holds a position in the file that 1 was
@@ -92,9 +100,10 @@ def run_main(flags, output, file_limit):
 class Run:
     """byol.py in a process of its own, with its output in `lines`. No file may grow over `file_limit` bytes, if given."""
 
-    def __init__(self, *flags, file_limit=-1):
+    def __init__(self, *flags, file_limit=-1, **environment):
         reader, writer = FORKS.Pipe(duplex=False)
-        self.process = FORKS.Process(target=run_main, args=([str(flag) for flag in flags], writer, file_limit))
+        arguments = [str(flag) for flag in flags], writer, file_limit, environment
+        self.process = FORKS.Process(target=run_main, args=arguments)
         self.process.start()
         writer.close()
         self.lines = os.fdopen(os.dup(reader.fileno()))
@@ -775,11 +784,11 @@ def wait_for(moment, out):
     "--enc-norm gn --mlp-norm none --opt lars",
 ])
 def test_killed_and_resumed_is_never_killed(flags, folder, tmp_path):
-    flags = [*TINY, "--data", f"folder:{folder}", *f"--steps 120 --eval-every 50 --checkpoint-every 7 {flags}".split()]
+    flags = [*TINY, "--data", f"folder:{folder}", *f"--steps 80 --eval-every 50 --checkpoint-every 7 {flags}".split()]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert Run(*flags, "--out", straight).wait()[0] == 0
     rng = random.Random(0)
-    for moment in itertools.islice(itertools.cycle(("checkpoint", "line", "any")), int(os.environ.get("KILLS", 4))):
+    for moment in itertools.islice(itertools.cycle(("checkpoint", "line", "any")), int(os.environ.get("KILLS", 3))):
         run = Run(*flags, "--out", killed)
         run.until_step(rng.randint(1, 4))
         wait_for(moment, killed) if moment != "any" else time.sleep(rng.uniform(0, 0.03))
@@ -814,14 +823,14 @@ def test_full_disk(folder, tmp_path):
 
 
 def test_a_second_process_waits_for_the_first(folder, tmp_path):
-    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "200", "--out", tmp_path / "run"]
+    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "100", "--out", tmp_path / "run"]
     first = Run(*flags)
     first.until_step()
     second = Run(*flags)
     assert first.wait()[0] == 0
     status, output = second.wait()
     assert status == 0 and "waiting" in output and "finished" in output and "step" not in output
-    assert [line["step"] for line in log(tmp_path / "run")].count(200) == 2              # trained and judged once
+    assert [line["step"] for line in log(tmp_path / "run")].count(100) == 2              # trained and judged once
 
 
 def test_long_log(folder, tmp_path):
@@ -850,9 +859,13 @@ def test_long_log(folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------- many processes
 
 
-def torchrun(processes, *flags):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-                             HERE / "byol.py", *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def two_processes(*flags):
+    """byol.py on two processes, as torchrun starts them but for the seconds that takes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    runs = [Run(*flags, **place, RANK=rank) for rank in "01"]
+    ends = [run.wait() for run in runs]
+    assert [status for status, _ in ends] == [0, 0], ends
 
 
 @pytest.mark.parametrize("flags", ["--steps 50", "--loss moco --steps 10", "--loss simclr --lr 0.01 --steps 10"])
@@ -860,30 +873,30 @@ def test_two_processes_train_as_one(flags, folder, tmp_path):
     flags = [*TINY, "--data", f"folder:{folder}", *f"--enc-norm gn --mlp-norm none --log-every 1 {flags}".split()]
     one, two = tmp_path / "one", tmp_path / "two"
     assert byol.main([*flags, "--out", str(one)]) == 0
-    run = torchrun(2, *flags, "--out", two)
-    output, _ = run.communicate()
-    assert run.returncode == 0, output
+    two_processes(*flags, "--out", two)
     for ours, theirs in zip(log(one)[:-1], log(two)[:-1], strict=True):
         for name in ("loss", "rep_dist", "y_rank"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
 def test_a_killed_worker_ends_the_run_and_it_resumes(folder, tmp_path, capsys):
-    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 150 --checkpoint-every 20 --loss simclr".split()]
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 80 --checkpoint-every 20 --loss simclr".split()]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    whole, run = torchrun(2, *flags, "--out", straight), torchrun(2, *flags, "--out", killed)
+    two_processes(*flags, "--out", straight)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                HERE / "byol.py", *map(str, flags), "--out", killed]
+    run = subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in run.stdout:
         if line.startswith("step 40/"):
             break
     workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     output = run.stdout.read()
-    assert run.wait() == 1 and ("the same command resumes" in output)
-    assert (killed / "checkpoint.pt").exists() and whole.wait() == 0
+    assert run.wait() == 1 and "the same command resumes" in output
+    assert (killed / "checkpoint.pt").exists()
     assert "processes 2, not 1" in refused(capsys, 2, *flags, "--out", killed)
-    run = torchrun(2, *flags, "--out", killed)
-    output, _ = run.communicate()
-    assert run.returncode == 0 and "resumed at step" in output
+    done = subprocess.run(torchrun, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed at step" in done.stdout
     assert log(straight) == log(killed)
     assert (straight / "encoder.pt").read_bytes() == (killed / "encoder.pt").read_bytes()
 
@@ -1100,3 +1113,52 @@ def test_damaged_checkpoints_are_refused(folder, tmp_path, capsys):
 def test_diverging_run(folder, tmp_path, capsys):
     flags = [*TINY, "--data", f"folder:{folder}", "--steps", "500", "--lr", "1e6", "--out", tmp_path / "run"]
     assert "diverged" in refused(capsys, 1, *flags)
+
+
+FLAGS = """enc-norm mlp-norm proj-norm pred-norm width stem loss ema opt lr warmup weight-decay lars-layers lr-mult steps epochs
+batch-size size data data-dir seed device threads log-every eval-every checkpoint-every out amp profile sync-bn""".split()
+HOSTILE = ["", " ", "-", "--", "-1", "0", "1", "7", "08", "1_0", "1e3", "0x10", "１", "½", "nan", "-inf", "1e-400", "1e30", "1e308", "9" * 30,
+           "none", "bn", "lars", "cuda", "cuda:-1", "cpu:", "meta", "folder:", "folder:.", "[", "(" * 9999, ".{1}{2", "a{9999999999}", "layer=1e300", "=",
+           "==1", "layer1=-1", ".=0", "conv=nan", "../up", "a/../b", "~", "$HOME", "a\nb", "'\"; rm -rf x", "\udcff", "😀", "x" * 300, "/dev/null", "/proc/x"]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(flags=st.lists(st.tuples(st.sampled_from(FLAGS), st.sampled_from(HOSTILE) | st.text(max_size=8)), min_size=1, max_size=3))
+def test_hostile_values(flags, folder, tmp_path_factory, monkeypatch):
+    """Whatever the flags hold: a run, or one line and the right exit status; files only where they are asked for."""
+    flags = [(name, value) for name, value in flags if "\0" not in value]              # the system passes none on
+    root = tmp_path_factory.mktemp("hostile")
+    (root / "here").mkdir()
+    monkeypatch.chdir(root / "here")
+    tiny = "--width=2 --size=8 --batch-size=4 --out=run --data-dir=decoded".split() + [f"--data=folder:{folder}"]
+    tiny += [] if {"steps", "epochs"} & {name for name, _ in flags} else ["--steps=1"]
+    tiny += [f"--{name}" if name in ("amp", "profile", "sync-bn") else f"--{name}={value}" for name, value in flags]
+    threads, errors = torch.get_num_threads(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")):
+            status = byol.main(tiny)
+    except SystemExit as end:
+        status = end.code
+        assert status in (1, 2) and errors.getvalue().count("\n") == 1 and errors.getvalue().startswith("byol.py: ")
+    else:
+        assert status == 0 and not errors.getvalue()
+    finally:
+        torch.set_num_threads(threads)
+    asked = [os.path.realpath(value) for name, value in [("out", "run"), ("data-dir", "decoded"), *flags] if name in ("out", "data-dir")]
+    for path in root.rglob("*"):
+        assert path.name == "here" or path.is_dir() or any(os.path.realpath(path).startswith(place) for place in asked), path
+
+
+def test_odd_surroundings(folder, tmp_path):
+    """A checkout that cannot be written to, no home, another working directory, and a name that needs quoting."""
+    checkout = tmp_path / "read only"
+    checkout.mkdir()
+    for name in ("byol.py", "lars.py", "resnet_norms.py"):
+        shutil.copy(HERE / name, checkout)
+    checkout.chmod(0o555)
+    out = tmp_path / "it's \"a\"\nrun"
+    command = [sys.executable, checkout / "byol.py", *TINY, "--steps", "2", "--data", f"folder:{folder}", "--out", tmp_path / "away" / ".." / out]
+    environment = {**os.environ, "HOME": "/nowhere", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert len(log(out)) == 3 and sorted(os.listdir(checkout)) == ["byol.py", "lars.py", "resnet_norms.py"]
