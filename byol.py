@@ -821,11 +821,14 @@ def draw_views(images, step, args, lap):
     chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size :][share]
     x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
     lap("images")
+    some = len(x) if x.is_cuda else 1 + 2**19 // (3 * args.size**2)         # as many as stay in a CPU's cache
     rng, views = generator(args.seed, VIEWS, step), []
     for _ in range(2):
         params, order = draw_view(args.batch_size, x.shape[-1], args.size, rng)
         params = {name: t[share].to(args.device, non_blocking=True) for name, t in params.items()}
-        views.append(make_view(x, params, order, args.size))
+        for first in range(0, len(x), some):
+            part = slice(first, first + some)
+            views.append(make_view(x[part], {name: t[part] for name, t in params.items()}, order, args.size))
     return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
