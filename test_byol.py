@@ -38,6 +38,7 @@ from sklearn.linear_model import LogisticRegression
 import byol
 import lars
 import resnet_norms
+from results import report
 
 HERE = Path(__file__).parent
 TIMING = {"images_per_s"}
@@ -914,16 +915,12 @@ def test_run_all_is_clean_shell():
     subprocess.run([Path(sys.executable).parent / "shellcheck", "run_all.sh", ".ci/run"], cwd=HERE, check=True)
 
 
-def test_run_all_lists_every_claim_and_runs_nothing(tmp_path):
+def test_run_all_lists_and_runs_nothing(tmp_path):
     output, _ = run_all("--list", SEEDS="0 1", OUT=str(tmp_path / "out"), STEPS="7").communicate()
     commands = [shlex.split(line) for line in output.splitlines()]
     assert len(commands) == len({c[c.index("--out") + 1] for c in commands}) and not (tmp_path / "out").exists()
     for command in commands:
         assert command[:2] == ["python", "byol.py"] and byol.parse_arguments(command[2:]).steps in (0, 7)
-    table = (HERE / "run_all.sh").read_text()
-    for claim in [f"C{i}" for i in range(1, 8)] + [f"D{i}" for i in range(1, 11)] + [f"B{i}" for i in range(1, 6)] + ["X1"]:
-        output, _ = run_all("--list", claim).communicate()
-        assert 1 <= len(output.splitlines()) < 10 and claim in table
     output, _ = run_all("--list", "C3", "--", "--lr-mult", "layer[1]=2 ").communicate()
     assert shlex.split(output)[-2:] == ["--lr-mult", "layer[1]=2 "]
     for arguments, environment in ((["C9"], {}), (["-x"], {}), ([], {"JOBS": "0"}), ([], {"STEPS": "x"})):
@@ -1162,3 +1159,104 @@ def test_odd_surroundings(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert len(log(out)) == 3 and sorted(os.listdir(checkout)) == ["byol.py", "lars.py", "resnet_norms.py"]
+
+
+# ---------------------------------------------------------------------------------------------------- results/report.py
+
+DISTANCES = {  # at steps 1 to 100
+    "healthy": [0.5] * 100,
+    "collapsed": [0.5] * 2 + [1e-6] * 98,
+    "collapsed late": [0.5] * 60 + [1e-6] * 40,
+    "recovered": [0.5] * 2 + [1e-6] * 58 + [0.1] * 40,
+    "recovered early": [0.5] * 2 + [1e-6] * 8 + [0.1] * 90,
+    "relapsed": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
+}
+BOTH_DECAYS = "gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-3"
+EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: its distances, its accuracy (random: 20), its layers
+    "C1": ([("bn-none-sgd", "recovered", 40)], [("bn-none-sgd", "collapsed", 40)], [("bn-none-sgd", "recovered", 21)]),
+    "C2": ([("bn-none-lars", "healthy", 40), ("bn-none-sgd", "recovered", 30)], [("bn-none-lars", "healthy", 30), ("bn-none-sgd", "recovered", 40)],
+           [("bn-none-lars", "recovered", 40), ("bn-none-sgd", "recovered", 30)]),
+    "C3": ([("bn-bn-sgd", "healthy", 40), ("bn-none-sgd", "recovered", 30)], [("bn-bn-sgd", "recovered", 40), ("bn-none-sgd", "recovered", 30)],
+           [("bn-bn-sgd", "healthy", 30), ("bn-none-sgd", "recovered", 40)]),
+    "C4": ([("gn-none-sgd", "collapsed", 20)], [("gn-none-sgd", "collapsed late", 20)], [("gn-none-sgd", "recovered", 20)], [("gn-none-sgd", "healthy", 20)]),
+    "C5": ([("gn-bn-sgd", "healthy", 40)], [("gn-bn-sgd", "recovered", 40)], [("gn-bn-sgd", "healthy", 22)]),
+    "C6": ([("gn-none-lars", "recovered", 30), ("gn-bn-sgd", "healthy", 40)], [("gn-none-lars", "collapsed", 30), ("gn-bn-sgd", "healthy", 40)],
+           [("gn-none-lars", "recovered", 50), ("gn-bn-sgd", "healthy", 40)], [("gn-none-lars", "healthy", 30), ("gn-bn-sgd", "healthy", 40)]),
+    "C7": ([("gn-none-lars-0.1", "collapsed", 20)], [("gn-none-lars-0.1", "collapsed", 30)], [("gn-none-lars-0.1", "recovered", 20)]),
+    "D1": ([("gn-none-sgd-wd1e-5", "recovered", 30)], [("gn-none-sgd-wd1e-5", "collapsed", 30)], [("gn-none-sgd-wd1e-5", "healthy", 30)]),
+    "D2": ([("gn-none-sgd-wd1e-4", "relapsed", 30)], [("gn-none-sgd-wd1e-4", "collapsed", 30)]),
+    "D3": ([(name, "collapsed", 20) for name in BOTH_DECAYS], [(name, "recovered", 20) for name in BOTH_DECAYS]),
+    "D4": ([("gn-none-sgd-wd1e-5", "recovered", 30)], [("gn-none-sgd-wd1e-5", "recovered", 30, "flat")], [("gn-none-sgd-wd1e-5", "collapsed", 30)]),
+    "D5": ([("gnws-none-sgd", "relapsed", 30)], [("gnws-none-sgd", "recovered", 30)]),
+    "D6": ([("gn-none-lars-early", "recovered", 30)], [("gn-none-lars-early", "recovered", 30, "flat")]),
+    "D7": ([("gn-none-lars-early", "recovered early", 30), ("gn-none-lars", "recovered", 30), ("gn-none-lars-mlps", "relapsed", 30)],
+           [("gn-none-lars-early", "recovered", 30), ("gn-none-lars", "recovered early", 30), ("gn-none-lars-mlps", "relapsed", 30)]),
+    "D8": ([("gn-none-sgd-early", "collapsed", 20)], [("gn-none-sgd-early", "relapsed", 20)]),
+    "D9": ([("gn-none-lars-mlps", "relapsed", 20)], [("gn-none-lars-mlps", "collapsed", 20)], [("gn-none-lars-mlps", "recovered", 20)]),
+    "D10": ([("gn-none-lars-0.5", "recovered", 30), ("gn-none-lars-0.1", "collapsed late", 20)],
+            [("gn-none-lars-0.5", "recovered", 30), ("gn-none-lars-0.1", "recovered", 20)],
+            [("gn-none-lars-0.5", "relapsed", 30), ("gn-none-lars-0.1", "collapsed", 20)]),
+    "B1": ([("bn-none-sgd-short", "collapsed", 20)], [("bn-none-sgd-short", "collapsed", 30)]),
+    "B2": ([("bn-ln-sgd-short", "collapsed", 20)], [("bn-ln-sgd-short", "collapsed", 30)]),
+    "B3": ([("bn-none-moco", "healthy", 30)], [("bn-none-moco", "collapsed", 30)], [("bn-none-moco", "healthy", 20)]),
+    "B4": ([("bn-bn.none-sgd", "healthy", 30), ("bn-none.bn-sgd", "healthy", 30)], [("bn-bn.none-sgd", "healthy", 30), ("bn-none.bn-sgd", "collapsed", 30)]),
+    "B5": ([("gn-none-sgd", "collapsed", 30)], [("gn-none-sgd", "healthy", 30)]),
+    "X1": ([("gnws-none-lars", "healthy", 38), ("bn-bn-sgd", "healthy", 40)], [("gnws-none-lars", "healthy", 30), ("bn-bn-sgd", "healthy", 40)]),
+}
+
+
+def write_run(folder, name, seed, distances, accuracy, layers=""):
+    out = folder / f"{name}-s{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    enc = {"bn": "bn", "gn": "gn", "gnws": "gn+ws"}[name.removeprefix("random-").split("-")[0]]
+    flags = dict(enc_norm=enc, steps=len(distances), seed=seed, data="shapes", size=16, width=8, stem="cifar", batch_size=64)
+    (out / "config.json").write_text(json.dumps(dict(flags=flags, command=f"python byol.py --seed {seed}", versions={},
+                                                     hardware=dict(cpu="CPU", machine="x"))))
+    lines = []
+    for step, distance in enumerate(distances, 1):
+        values = dict(grad_norm=1.0, lars_rate=0.01, max_over_rms=5.0, weight_norm=1.0)
+        if layers != "flat":            # as the appendix has it: vanishing gradients, exploding rates, a few large weights
+            values |= dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=10.0 if distance < 0.01 else 5.0)
+        lines.append(dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance,
+                          layers=dict.fromkeys(("layer1", "layer4", "projection"), values)))
+    lines.append(dict(step=len(distances), accuracy=accuracy, state=""))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_sweep(folder, *runs_of_seed):
+    for seed, runs in enumerate(runs_of_seed):
+        for norm in ("bn", "gn", "gnws"):
+            write_run(folder, f"random-{norm}", seed, [], 20)
+        for name, distances, *rest in runs:
+            write_run(folder, name, seed, DISTANCES[distances], *rest)
+    return report.load(folder)
+
+
+@pytest.mark.parametrize("claim", list(report.CLAIMS))
+def test_verdicts_can_fail(claim, tmp_path):
+    holds, *fails = EVIDENCE[claim]
+    assert report.verdict(claim, write_sweep(tmp_path / "none", [])) == ("not run", [])
+    assert report.verdict(claim, write_sweep(tmp_path / "holds", holds)) == ("reproduced", [0])
+    for i, runs in enumerate(fails):
+        assert report.verdict(claim, write_sweep(tmp_path / f"fails{i}", runs)) == ("not reproduced", [0])
+    mixed = "reproduced" if claim == "D2" else "mixed (1 of 2 seeds)"
+    assert report.verdict(claim, write_sweep(tmp_path / "mixed", holds, fails[0])) == (mixed, [0, 1])
+
+
+def test_report_is_written_alike_each_time(tmp_path):
+    write_sweep(tmp_path / "sweep", *[[run for holds, *_ in EVIDENCE.values() for run in holds]] * 2)
+    report.main(tmp_path / "sweep")
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    report.main(tmp_path / "sweep")
+    assert first == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    text = (tmp_path / "sweep" / "README.md").read_text()
+    assert len(list((tmp_path / "sweep" / "figures").iterdir())) == len(report.FIGURES) and "not run" not in text
+    with pytest.raises(SystemExit, match="no finished run"):
+        report.main(tmp_path)
+
+
+@pytest.mark.parametrize("claim", list(report.CLAIMS))
+def test_run_all_runs_what_the_report_needs(claim):
+    output, _ = run_all("--list", claim).communicate()
+    names = {shlex.split(line)[shlex.split(line).index("--out") + 1] for line in output.splitlines()}
+    assert names == {f"runs/{name}-s0" for name in report.CLAIMS[claim][1]}
