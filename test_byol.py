@@ -943,6 +943,10 @@ def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
     outputs = [run.communicate()[0] for run in two]
     assert [run.returncode for run in two] == [0, 0] and all("gn-none-sgd-s0: finished before" in o for o in outputs)
     assert [line["step"] for line in log(out / "gn-bn-sgd-s0")].count(6) == 2         # trained and judged once
+    element = run_all("C4", "C5", *more, **settings, SLURM_ARRAY_TASK_ID="1")            # one run of the two
+    assert "gn-bn-sgd-s0 holds this run, finished" in element.communicate()[0] and element.returncode == 0
+    beyond = run_all("C4", "C5", *more, **settings, SLURM_ARRAY_TASK_ID="2")
+    assert "element 2 of 2 runs" in beyond.communicate()[1] and beyond.returncode == 2
     settings["STEPS"], settings["OUT"] = "100000", str(tmp_path / "long")
     run = run_all("C4", "C5", *more, **settings)
     logs = [tmp_path / "long" / name / "metrics.jsonl" for name in ("gn-none-sgd-s0", "gn-bn-sgd-s0")]
@@ -992,6 +996,13 @@ def test_amp_keeps_loss_and_metrics_in_fp32(shapes):
         assert loss.dtype == torch.float32 and all(t.dtype == torch.float32 for t in outputs)
         losses[bool(amp)] = loss.item()
     assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.03)
+
+
+@pytest.mark.parametrize("norms, state", [("--enc-norm bn --mlp-norm bn", "healthy"), ("--enc-norm gn --mlp-norm none", "collapsed")])
+@pytest.mark.parametrize("amp", [[], ["--amp"]])
+def test_verdicts_are_the_same_under_amp(norms, state, amp, folder, tmp_path):
+    flags = [*TINY, *norms.split(), *amp, "--data", f"folder:{folder}", "--steps", "80", "--out", str(tmp_path / "run")]
+    assert byol.main(flags) == 0 and log(tmp_path / "run")[-1]["state"] == state
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
