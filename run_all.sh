@@ -118,9 +118,10 @@ running=()                      # which run each is
 failed=
 finished=0
 total=0
-for length in "${steps[@]}"; do total=$((total + length + 100)); done        # 100: start and evaluation
-covered=0
-skipped=0
+for length in "${steps[@]}"; do total=$((total + length + 100)); done
+covered=0                       # steps of finished runs, with 100 each for start and evaluation
+skipped=0                       # those of runs that were finished before
+tell=60                         # when to show the progress next, in seconds
 
 # Whether run $1 is finished. The log's last line says so; byol.py itself looks closer at any other run.
 is_finished() {
@@ -129,24 +130,56 @@ is_finished() {
         grep -qF "\"command\": \"${commands[$1]}\"" "$run/config.json"
 }
 
+# Steps done so far, of finished runs and of those under way, and the time that the rest takes at this rate.
+progress() {
+    local s at now=$covered left=0
+    for ((s = 0; s < JOBS; s++)); do
+        [ -n "${pids[s]:-}" ] || continue
+        at=$(tail -n 1 "$OUT/${names[running[s]]}.txt" | sed -n 's/^step *\([0-9]*\).*/\1/p')
+        now=$((now + ${at:-0}))
+    done
+    [ $now -le $skipped ] || left=$(((total - now) * SECONDS / (now - skipped)))
+    printf '[%d/%d runs, %d%% of the steps, %dh%02dm left] ' $finished ${#names[@]} \
+        $((100 * now / total)) $((left / 3600)) $((left / 60 % 60))
+}
+
 # The run of slot $1 has ended: count it, report it.
 settle() {
-    local i=${running[$1]} status left last
+    local i=${running[$1]} status last
     wait "${pids[$1]}"
     status=$?
     pids[$1]=
     finished=$((finished + 1))
     covered=$((covered + steps[i] + 100))
-    left=$(((total - covered) * SECONDS / (covered - skipped)))
     last=$(tail -n 1 "$OUT/${names[i]}.txt")
     [ $status -eq 0 ] || failed="$failed${names[i]} (exit status $status): $last"$'\n'
-    printf '[%d/%d, %dh%02dm left] %s: %s\n' $finished ${#names[@]} $((left / 3600)) $((left / 60 % 60)) "${names[i]}" "$last"
+    progress
+    printf '%s: %s\n' "${names[i]}" "$last"
+}
+
+# Wait until no more than $1 runs are under way; `slot` is then a free one.
+await() {
+    local s busy
+    while :; do
+        busy=0
+        for ((s = 0; s < JOBS; s++)); do
+            if [ -n "${pids[s]:-}" ] && ! kill -0 "${pids[s]}" 2>/dev/null; then settle $s; fi
+            if [ -n "${pids[s]:-}" ]; then busy=$((busy + 1)); else slot=$s; fi
+        done
+        [ $busy -gt "$1" ] || return 0
+        if [ $SECONDS -ge "$tell" ]; then
+            tell=$((SECONDS + 60))
+            progress
+            echo
+        fi
+        sleep 0.5
+    done
 }
 
 interrupted() {
     echo "stopping; the same command resumes"
-    for pid in ${pids[@]+"${pids[@]}"}; do
-        [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null
+    for ((s = 0; s < JOBS; s++)); do
+        [ -z "${pids[s]:-}" ] || kill -TERM "${pids[s]}" 2>/dev/null
     done
     wait
     exit "$1"
@@ -162,17 +195,7 @@ for i in "${!names[@]}"; do
         echo "[$finished/${#names[@]}] ${names[i]}: finished before"
         continue
     fi
-    slot=
-    while [ -z "$slot" ]; do
-        for ((s = 0; s < JOBS; s++)); do
-            if [ -n "${pids[s]:-}" ] && ! kill -0 "${pids[s]}" 2>/dev/null; then settle $s; fi
-            if [ -z "${pids[s]:-}" ]; then
-                slot=$s
-                break
-            fi
-        done
-        [ -n "$slot" ] || sleep 0.5
-    done
+    await $((JOBS - 1))
     (
         if [ "$gpus" -gt 1 ]; then export CUDA_VISIBLE_DEVICES=$((slot % gpus)); fi
         eval "exec ${commands[i]}"
@@ -180,9 +203,7 @@ for i in "${!names[@]}"; do
     pids[slot]=$!
     running[slot]=$i
 done
-for s in "${!pids[@]}"; do
-    [ -z "${pids[s]}" ] || settle "$s"
-done
+await 0
 if [ -n "$failed" ]; then
     printf 'failed:\n%s' "$failed" >&2
     exit 1
