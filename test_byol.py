@@ -853,6 +853,9 @@ def test_long_log(folder, tmp_path):
     assert time.monotonic() - began < 20                # most of it the start of the process
     run.process.kill()
     run.wait()
+    began = time.monotonic()
+    assert max(report.Run(out).steps) > 2
+    assert time.monotonic() - began < 20
     with open(out / "metrics.jsonl", "rb") as file:
         assert sum(1 for _ in file) > 80_000
 
@@ -926,6 +929,15 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
     for arguments, environment in ((["C9"], {}), (["-x"], {}), ([], {"JOBS": "0"}), ([], {"STEPS": "x"})):
         run = run_all(*arguments, **environment)
         assert run.communicate()[1].startswith("run_all.sh: ") and run.returncode == 2
+
+
+def test_run_all_gives_each_job_a_gpu_of_its_own(tmp_path):
+    for name, script in (("nvidia-smi", "echo 'GPU 0: one'; echo 'GPU 1: two'"), ("python", "sleep 1; echo on $CUDA_VISIBLE_DEVICES")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    run = run_all("D3", SEEDS="0 1", JOBS="2", OUT=str(tmp_path / "out"), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "all 4 runs" in run.communicate()[0]
+    assert sorted(path.read_text() for path in (tmp_path / "out").glob("*.txt")) == ["on 0\n"] * 2 + ["on 1\n"] * 2
 
 
 def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
