@@ -928,9 +928,7 @@ def train(args, images, online, target, optimizer, log, checkpoint):
         log.truncate(log_bytes)         # what a killed run wrote after its last checkpoint comes again
     if start:
         print(f"resumed at step {start}")
-    network = online
-    if WORLD > 1:                       # it averages the gradients
-        network = DistributedDataParallel(online)
+    network = DistributedDataParallel(online) if WORLD > 1 else online         # it averages the gradients
 
     def write_line(line):
         if RANK == 0:
@@ -962,8 +960,8 @@ def train(args, images, online, target, optimizer, log, checkpoint):
         saves = not ends and (done % args.checkpoint_every == 0 or stopped_by)
         if logs or saves or ends:
             loss, outputs = gather(loss[None]).mean(), [gather(t) for t in outputs]
-        if (logs or saves or ends) and not math.isfinite(loss):      # the one place that waits for the device
-            stop(1, f"the loss is {loss.item()} at step {done}: the run diverged; try a lower --lr")
+            if not math.isfinite(loss):         # the one place that waits for the device
+                stop(1, f"the loss is {loss.item()} at step {done}: the run diverged; try a lower --lr")
         if logs or ends:
             metrics, now = collapse_metrics(*outputs), time.perf_counter()
             state = collapse_state(state, metrics["rep_dist"])

@@ -29,7 +29,6 @@ class Run:
     def __init__(self, folder):
         config = json.loads((folder / "config.json").read_text())
         self.flags, self.command, self.hardware = config["flags"], config["command"], config["hardware"]
-        self.versions = config["versions"]
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         self.steps = {line["step"]: line for line in lines if "loss" in line}
         self.accuracies = {line["step"]: line["accuracy"] for line in lines if "accuracy" in line}
@@ -196,7 +195,7 @@ def load(folder):
     return sweep
 
 
-FIGURES = {  # file: (title, [(run, metric, layer)], vertical axis, logarithmic), after the appendix's figures
+FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
     "accuracy-bn": ("BN encoder", ["bn-bn-sgd", "bn-none-sgd", "bn-none-lars"], "accuracy", None),
     "accuracy-gn": ("GN encoder", ["gn-bn-sgd", "gn-none-sgd", "gn-none-lars", "gn-none-lars-0.1"], "accuracy", None),
     "decay-distance": ("SGD, weight decay", ["gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-4",
@@ -293,8 +292,7 @@ def main(folder):
     if not sweep:
         sys.exit(f"report.py: no finished run of run_all.sh (NAME-sSEED/metrics.jsonl) in {folder}")
     (folder / "figures").mkdir(exist_ok=True)
-    figures = [name for name, (*what,) in FIGURES.items()
-               if draw(folder / "figures" / f"{name}.png", *what, sweep)]
+    figures = [name for name, what in FIGURES.items() if draw(folder / "figures" / f"{name}.png", *what, sweep)]
     every = [run for runs in sweep.values() for run in runs.values()]
     flags, hardware = every[0].flags, {run.hardware["cpu"] or run.hardware["machine"] for run in every}
     counts = {}
