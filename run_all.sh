@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh                                 all of them, on the embedded images
 #   bash run_all.sh C4 D7                           those of some claims
+#   bash run_all.sh map                             rate against weight decay, 84 runs that stand in no other call
 #   bash run_all.sh --list                          print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results bash run_all.sh C3 C4 -- --width 16
 #
@@ -41,6 +42,15 @@ B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
 X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 "
+# The map of rate against weight decay, run when it is named. Warm-up as long, in steps, as above.
+for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
+    for lr in 0.01 0.02 0.05 0.1 0.2 0.5 1; do
+        CONFIGURATIONS+="map map-sgd-$lr-$decay 1500 $NO_BATCH --lr $lr --weight-decay $decay"$'\n'
+    done
+    for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
+        CONFIGURATIONS+="map map-lars-$lr-$decay 1500 $NO_BATCH --opt lars --warmup 0.12 --lr $lr --weight-decay $decay"$'\n'
+    done
+done
 
 set -uf                         # no globbing: [12] and | stand in flags
 export LC_ALL=C
@@ -89,16 +99,18 @@ commands=()
 for seed in $SEEDS; do
     while read -r ids name length flags; do
         wanted=${claims:+no}
+        [ "$ids" != map ] || wanted=no
         for claim in $claims; do
             case ,$ids, in *,"$claim",*) wanted= ;; esac
         done
         [ -n "$ids" ] && [ -z "$wanted" ] || continue
         [ "$STEPS" -gt 0 ] && [ "$length" -gt 0 ] && length=$STEPS
+        [ "$length" -lt 2000 ] && lines=10 evaluations=1 || lines=40 evaluations=6
         names+=("$name-s$seed")
         steps+=("$length")
         # shellcheck disable=SC2086  # $flags are several words
         commands+=("$(quoted python byol.py $flags --steps "$length" --data "${DATA:-shapes}" --seed "$seed" \
-            --log-every $((length < 40 ? 1 : length / 40)) --eval-every $((length / 6)) --threads 1 \
+            --log-every $((length < lines ? 1 : length / lines)) --eval-every $((length / evaluations)) --threads 1 \
             --out "${OUT:-runs}/$name-s$seed" ${more[@]+"${more[@]}"})")
     done <<<"$CONFIGURATIONS"
 done
