@@ -11,6 +11,7 @@ linear evaluation, checkpoint, training. A run is one folder, and the same comma
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import fcntl
@@ -29,7 +30,6 @@ import sys
 import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,9 +58,11 @@ OPTIMIZERS = {                       # defaults per optimizer
     "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.2, lars_layers=".*"),    # the BYOL paper; its warm-up: README
 }
 MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": group_norm, "none": lambda features: nn.Identity()}
-PRINTED = ("loss", "lr", "pos_cos", "neg_cos", "rep_dist", "z_std", "y_std", "y_rank", "images_per_s")
+PARTS = "images", "views", "online forward", "target forward", "backward", "optimizer", "EMA", "metrics"
+PRINTED = "loss", "lr", "pos_cos", "neg_cos", "rep_dist", "z_std", "y_std", "y_rank", "images_per_s"
 ORDER, VIEWS = 0, 1                  # what a random stream is for
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))   # of torchrun
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
+CPUINFO = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
 
 
 def stop(status, message):
@@ -81,37 +83,26 @@ def gather(rows):
         return rows
     parts = [torch.empty_like(rows) for _ in range(WORLD)]
     dist.all_gather(parts, rows.detach().contiguous())
-    parts[RANK] = rows
-    return torch.cat(parts)
+    return torch.cat([*parts[:RANK], rows, *parts[RANK + 1 :]])
 
 
 def agree(number):
     """The largest `number` of all processes."""
-    if WORLD == 1:
-        return number
-    largest = torch.tensor(number)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item()
+    return gather(torch.tensor([number])).max().item()
 
 
 # ------------------------------------------------------------------------ arguments
-
-
-CPUINFO = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-
 
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: a finite `kind` in [low, high], or in (low, high] with `above`."""
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high) or math.isinf(value) or above and value == low:
-            bound = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bound}")
-        return value
+            if low <= value <= high and abs(value) < math.inf and not (above and value == low):
+                return value
+        bound = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}" + ", whole" * (kind is int))
 
     return parse
 
@@ -124,6 +115,7 @@ def regex_factor(text):
 
 
 def parse_arguments(argv):
+    """The flags of the command line `argv`, with the defaults that follow from other flags filled in."""
     parser = argparse.ArgumentParser(prog="byol.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(2, message)
@@ -166,57 +158,40 @@ def parse_arguments(argv):
         if flag.endswith("=--"):        # argparse would make it an empty list
             stop(2, f"{flag[:-3]}: '--' is no value")
     args = parser.parse_args(argv)
-    args.processes = WORLD
+    for wrong, why in (
+        (args.lars_layers is not None and args.opt != "lars", "--lars-layers needs --opt lars"),
+        (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two views do not fit a queue of {QUEUE}"),
+        (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
+        (args.sync_bn and (WORLD == 1 or args.device.startswith("cpu")), "--sync-bn needs torchrun and --device cuda"),
+        (args.profile and WORLD > 1, "--profile times one process: leave torchrun away"),
+    ):
+        if wrong:
+            stop(2, why)
 
-    if args.lars_layers is not None and args.opt != "lars":
-        stop(2, "--lars-layers needs --opt lars")
-    derived = OPTIMIZERS[args.opt] | {"proj_norm": args.mlp_norm, "pred_norm": args.mlp_norm}
-    for name, value in derived.items():
-        if getattr(args, name) is None:
+    flags = re.sub(r"[^\w.+=-]+", "_", " ".join(argv).replace("--", "")).strip("_")[:200]
+    defaults = {"proj_norm": args.mlp_norm, "pred_norm": args.mlp_norm, "out": os.path.join("runs", flags or "default")}
+    for name, value in {**OPTIMIZERS[args.opt], **defaults, "processes": WORLD}.items():
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.loss == "moco" and 2 * args.batch_size > QUEUE:
-        stop(2, f"--batch-size: two views of {args.batch_size} images do not fit moco's queue of {QUEUE}")
-    if args.batch_size % WORLD:
-        stop(2, f"--batch-size {args.batch_size}: the batch does not divide into {WORLD} processes")
     if WORLD > 1 and args.device == "cuda":
         args.device = "cuda:" + os.environ["LOCAL_RANK"]
-    if args.sync_bn and (WORLD == 1 or args.device.startswith("cpu")):
-        stop(2, "--sync-bn needs torchrun and --device cuda")
-    if args.profile and WORLD > 1:
-        stop(2, "--profile times one process: leave torchrun away")
     try:
         if torch.empty(1, device=args.device).device.type not in ("cpu", "cuda"):
             stop(2, f"--device {args.device}: neither cpu nor cuda")
     except (RuntimeError, AssertionError) as error:
         stop(2, f"--device {args.device}: {str(error).splitlines()[0]}")
-    if args.device.startswith("cpu") and args.amp and "bf16" not in CPUINFO:
+    if args.amp and args.device.startswith("cpu") and "bf16" not in CPUINFO:
         print("--amp: this CPU has no bf16 instructions, so the run is in fp32")
         args.amp = False
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.out is None:
-        flags = re.sub(r"[^\w.+=-]+", "_", " ".join(argv).replace("--", "")).strip("_")
-        args.out = os.path.join("runs", flags[:200] or "default")
     return args
 
 
 # ------------------------------------------------------------------------ images
 
-
-class Images(NamedTuple):
-    """uint8 images (N, 3, side, side) and int64 labels (N,). Pre-training sees `pretrain` and no label."""
-
-    pretrain: "torch.Tensor | ImageFile"
-    train: "torch.Tensor | ImageFile"
-    train_labels: torch.Tensor
-    test: "torch.Tensor | ImageFile"
-    test_labels: torch.Tensor
-
-
-def fold(t):
-    return t - 2 * (t / 2).round()
-
-
+# uint8 images (N, 3, side, side) and int64 labels (N,). Pre-training sees `pretrain` and no label.
+Images = collections.namedtuple("Images", "pretrain train train_labels test test_labels")
 FORMS = {  # fields over a cell [-1, 1] x [-1, 1] that repeats; a form is where its field is lowest
     "disc": lambda x, y: torch.hypot(x, y),
     "ring": lambda x, y: (torch.hypot(x, y) - 0.65).abs(),
@@ -231,6 +206,10 @@ FORMS = {  # fields over a cell [-1, 1] x [-1, 1] that repeats; a form is where 
 }
 
 
+def fold(t):
+    return t - 2 * (t / 2).round()
+
+
 def draw_shapes(per_class, seed, side=32):
     """`per_class` images of each of FORMS: uint8 (N, 3, side, side), labels (N,).
 
@@ -238,13 +217,9 @@ def draw_shapes(per_class, seed, side=32):
     alike for all classes. Light on dark, contrast and area are the same in every image, for what varies from image to
     image and shows in every crop, such as contrast, is easier to predict than the form and is then learned instead.
     """
-    n, rng = per_class, torch.Generator().manual_seed(seed)
+    n, rng, images = per_class, torch.Generator().manual_seed(seed), []
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=rng)
     grid = (torch.arange(side) + 0.5) / side * 2 - 1
-    images = []
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=rng)
-
     for field in FORMS.values():
         cell, tilt = uniform(0.95, 1.1, 1, 1), uniform(-0.15, 0.15, 1, 1)             # side of a cell over the image's
         x = (tilt.cos() * grid + tilt.sin() * grid[:, None]) / cell + uniform(-1, 1, 1, 1)
@@ -284,7 +259,7 @@ def picture(path):
 
 
 def open_folder(root):
-    """DIR/train/CLASS/*, DIR/test/CLASS/* and, for pre-training only, DIR/unlabeled/*: three data sets."""
+    """DIR/train/CLASS/*, DIR/unlabeled/*, which may be missing, and DIR/test/CLASS/*: three data sets."""
     try:
         train, test = (datasets.ImageFolder(os.path.join(root, split), loader=picture) for split in ("train", "test"))
     except OSError as error:
@@ -299,40 +274,40 @@ def open_folder(root):
 
 
 def open_torchvision(name, root, download):
+    """The same of cifar10, stl10 or fashion-mnist, in torchvision's format in `root`."""
     dataset = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}[name]
+    splits = ("train", "test") if name == "stl10" else (True, False)
     try:
-        train, test = (dataset(root, split, download=download) for split in
-                       (("train", "test") if name == "stl10" else (True, False)))
+        train, test = (dataset(root, split, download=download) for split in splits)
     except (RuntimeError, OSError) as error:
         if download:
             stop(1, f"--data {name}: cannot download to {root}: {error}")
         stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
     unlabeled = copy.copy(train)
     unlabeled.data = train.data[:0]
-    if name == "stl10":
+    if name == "stl10":         # mapped: torchvision would read 3 GB
         source = os.path.join(root, train.base_folder, "unlabeled_X.bin")
         unlabeled.data = np.memmap(source, np.uint8, "r").reshape(-1, 3, 96, 96).swapaxes(2, 3)    # it holds columns
         unlabeled.labels, train.targets, test.targets = np.zeros(len(unlabeled.data), int), train.labels, test.labels
     return train, unlabeled, test
 
 
-def decode(image, side):
-    """Bytes (3, side, side) of a PIL image; of another size, it is resized by its shorter side and centre-cropped."""
-    if image.size != (side, side):
-        image = TF.center_crop(TF.resize(image, side), side)
-    return TF.pil_to_tensor(image.convert("RGB")).numpy().tobytes()
-
-
 def decode_once(dataset, side, files, folder):
-    """The path of a raw file of all images of `dataset`, which lie in `files`. It is made in `folder` if it is not yet
-    there or `files` have changed; a second run that wants the same waits for the first."""
+    """The path of a raw file of all images of `dataset`, resized by the shorter side and centre-cropped where they are
+    not `side` wide and high. It is made in `folder` if it is not yet there or the `files` that hold the images have
+    changed; a second run that wants the same waits for the first."""
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     path = os.path.join(folder, hashlib.sha256(repr((stats, side)).encode()).hexdigest()[:16])
 
+    def decode(i):
+        image = dataset[i][0]
+        if image.size != (side, side):
+            image = TF.center_crop(TF.resize(image, side), side)
+        return TF.pil_to_tensor(image.convert("RGB")).numpy().tobytes()
+
     def write(file):
         with ThreadPool() as pool:                          # Pillow decodes without holding the GIL
-            images = pool.imap(lambda i: decode(dataset[i][0], side), range(len(dataset)), chunksize=64)
-            for i, image in enumerate(images, 1):
+            for i, image in enumerate(pool.imap(decode, range(len(dataset)), chunksize=64), 1):
                 file.write(image)
                 if i % 10000 == 0 or i == len(dataset):
                     print(f"decoded {i:,} of {len(dataset):,} images to {side} x {side}", flush=True)
@@ -356,40 +331,33 @@ def load_images(data, data_dir, download, size):
     root = os.path.abspath(data.removeprefix("folder:"))
     if data.startswith("folder:"):
         splits = open_folder(root)
-        folder, files = os.path.basename(root), [path for split in splits for path, _ in split.samples]
-        folder += "-" + hashlib.sha256(root.encode()).hexdigest()[:8]
+        folder = f"{os.path.basename(root)}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+        files = [path for split in splits for path, _ in split.samples]
     elif data in ("cifar10", "stl10", "fashion-mnist"):
         splits, folder, files = open_torchvision(data, data_dir, download), data, []
     else:
         stop(2, f"--data {data}: not shapes, cifar10, stl10, fashion-mnist or folder:DIR")
     dataset = ConcatDataset(splits)
-    n, ends = len(dataset), dataset.cumulative_sizes
+    train, pretrain, n = dataset.cumulative_sizes           # where each split ends
     try:
-        sizes = {dataset[i][0].size for i in range(0, n, n // 100 + 1)}         # a hundred of them tell
-        side = min(min(sizes)) if len(sizes) == 1 and len(set(min(sizes))) == 1 else size
+        sides = {side for i in range(0, n, n // 100 + 1) for side in dataset[i][0].size}        # a hundred images tell
+        side = sides.pop() if len(sides) == 1 else size
         path = decode_once(dataset, side, files, os.path.join(data_dir, "decoded", folder))
     except ValueError as error:
         stop(1, f"--data {data}: {error}")
-    train, pretrain, test = (ImageFile(path, (last - first, 3, side, side), first) for first, last in
-                             ((0, ends[0]), (0, ends[1]), (ends[1], n)))
-    labels, test_labels = (torch.as_tensor(split.targets).long() for split in (splits[0], splits[2]))
-    return Images(pretrain, train, labels, test, test_labels)
+    part = lambda start, end: ImageFile(path, (end - start, 3, side, side), start)
+    labels = [torch.as_tensor(split.targets).long() for split in (splits[0], splits[2])]
+    return Images(part(0, pretrain), part(0, train), labels[0], part(pretrain, n), labels[1])
 
 
 # ------------------------------------------------------------------------ views
-
 
 def draw_view(n, side, size, rng):
     """The random parameters of one view of n square images, drawn on the CPU with torchvision's distributions. Crops
     are RandomResizedCrop's: the first of ten tries that fits, else the whole image. An operation that is not applied
     gets the parameter that changes nothing. The order of the jitter is drawn once per batch."""
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=rng)
-
-    def chance(p):
-        return torch.rand(n, generator=rng) < p
-
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=rng)
+    chance = lambda p: torch.rand(n, generator=rng) < p
     area = side * side * uniform(*SCALE, 10)
     ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
     tries = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).round()           # (n, 2, 10): height, width
@@ -402,8 +370,7 @@ def draw_view(n, side, size, rng):
         params[name] = torch.where(apply, uniform(low, high), 0.0 if name == "hue" else 1.0)
     params["gray"] = chance(P_GRAY)
     params["sigma"] = torch.where(chance(P_BLUR), size * uniform(*BLUR_SIGMA), 0.0)
-    order = [list(JITTER)[i] for i in torch.randperm(len(JITTER), generator=rng)]
-    return params, order
+    return params, [list(JITTER)[i] for i in torch.randperm(len(JITTER), generator=rng)]
 
 
 def resize_matrix(start, extent, side, size):
@@ -477,6 +444,16 @@ def gaussian_blur(images, sigma):
     return separable(images, matrix, matrix)
 
 
+@functools.lru_cache
+def per_channel(values, device):
+    """(3, 1, 1), made once: a copy to the device in every step would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None]
+
+
+def normalize(images):
+    return (images - per_channel(MEAN, images.device)) / per_channel(STD, images.device)
+
+
 def make_view(images, params, order, size):
     """One random view of each uint8 image: (N, 3, side, side) -> float (N, 3, size, size), normalized."""
     x = resized_crop(images / 255, params["start"], params["extent"], params["flip"], size)
@@ -485,24 +462,36 @@ def make_view(images, params, order, size):
     return normalize(gaussian_blur(x, params["sigma"]))
 
 
-def normalize(images):
-    return (images - per_channel(MEAN, images.device)) / per_channel(STD, images.device)
+@functools.lru_cache(maxsize=1)
+def image_order(n, seed, epoch):
+    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
-@functools.lru_cache
-def per_channel(values, device):
-    """(3, 1, 1), made once: a copy to the device in every step would wait for it."""
-    return torch.tensor(values, device=device)[:, None, None]
+def draw_views(images, step, args, lap):
+    """Both views of this process's share of the batch of step 0, 1, ..., one after the other, on the device:
+    (2 * batch / processes, 3, size, size). They are drawn for the whole batch, so that every number of processes trains
+    on the same ones."""
+    epoch, batch = divmod(step, len(images) // args.batch_size)
+    share = slice(RANK * args.batch_size // WORLD, (RANK + 1) * args.batch_size // WORLD)
+    chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size :][share]
+    x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
+    lap("images")
+    some = len(x) if x.is_cuda else 1 + 2**19 // (3 * args.size**2)         # as many as stay in a CPU's cache
+    rng, views = generator(args.seed, VIEWS, step), []
+    for _ in range(2):
+        params, order = draw_view(args.batch_size, x.shape[-1], args.size, rng)
+        params = {name: t[share].to(args.device, non_blocking=True).split(some) for name, t in params.items()}
+        for i, part in enumerate(x.split(some)):
+            views.append(make_view(part, {name: t[i] for name, t in params.items()}, order, args.size))
+    return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------ networks
 
-
 def mlp(features, norm):
     """The projection or the prediction: (N, features) -> (N, 128)."""
-    return nn.Sequential(
-        nn.Linear(features, HIDDEN), MLP_NORMS[norm](HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, PROJECTION)
-    )
+    layers = nn.Linear(features, HIDDEN), MLP_NORMS[norm](HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, PROJECTION)
+    return nn.Sequential(*layers)
 
 
 class PerView:
@@ -530,8 +519,7 @@ class Network(nn.Module):
         if args.sync_bn:
             nn.SyncBatchNorm.convert_sync_batchnorm(self)
         for module in self.modules():
-            if type(module) in PER_VIEW:
-                module.__class__ = PER_VIEW[type(module)]
+            module.__class__ = PER_VIEW.get(type(module), type(module))
 
     def forward(self, views):
         y = self.encoder(views)
@@ -558,7 +546,6 @@ def update_target(target, online, tau):
 
 # ------------------------------------------------------------------------ loss
 
-
 def unit(x):
     return F.normalize(x, dim=1)
 
@@ -579,14 +566,12 @@ def moco_loss(q, z_target, queue):
 
 def simclr_loss(q1, q2):
     """NT-Xent over the 2N views of the batch (SimCLR, arXiv 2002.05709, equation 1)."""
-    q = unit(torch.cat([q1, q2]))
-    n = len(q1)
+    q, n = unit(torch.cat([q1, q2])), len(q1)
     logits = (q @ q.T / TEMPERATURE).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=q.device), -math.inf)
     return F.cross_entropy(logits, torch.arange(2 * n, device=q.device).roll(n))
 
 
 # ------------------------------------------------------------------------ collapse metrics
-
 
 @torch.no_grad()
 def collapse_metrics(y1, z1, y2, z2):
@@ -598,14 +583,13 @@ def collapse_metrics(y1, z1, y2, z2):
     variance = sum((z - z.mean(0)).square().sum(1).mean() for z in (z1, z2)) / 2
     rep_dist = variance * len(z1) / (len(z1) - 1)
     share = torch.linalg.svdvals(y1)
-    share = share / share.sum()
     metrics = {
         "pos_cos": 1 - (z1 - z2).square().sum(1).mean() / 2,
         "neg_cos": 1 - rep_dist,
         "rep_dist": rep_dist,
         "z_std": (z1.std(0).mean() + z2.std(0).mean()) / 2 * z1.shape[1] ** 0.5,
         "y_std": (y1.std(0).mean() + y2.std(0).mean()) / 2 * y1.shape[1] ** 0.5,
-        "y_rank": torch.special.entr(share).sum().exp(),
+        "y_rank": torch.special.entr(share / share.sum()).sum().exp(),
     }
     return {name: value.item() for name, value in metrics.items()}
 
@@ -629,21 +613,19 @@ def layer_metrics(online, optimizer):
     rates, layers = getattr(optimizer, "rates", {}), {}
     for layer, prefix in LAYERS.items():
         weights = {n: p for n, p in online.named_parameters() if n.startswith(prefix) and p.ndim > 1}
-        if not weights:
-            continue
-        peaks = [p.abs().max() / p.square().mean().sqrt().clamp_min(1e-30) for p in weights.values()]
-        local = [rates[name] for name in weights if name in rates]
-        layers[layer] = {
-            "grad_norm": torch.stack([p.grad.norm() for p in weights.values()]).norm().item(),
-            "weight_norm": torch.stack([p.norm() for p in weights.values()]).norm().item(),
-            "max_over_rms": torch.stack(peaks).max().item(),
-            "lars_rate": torch.stack(local).mean().item() if local else None,
-        }
+        if weights:
+            local = [rates[name] for name in weights if name in rates]
+            peaks = [p.abs().max() / p.square().mean().sqrt().clamp_min(1e-30) for p in weights.values()]
+            layers[layer] = {
+                "grad_norm": torch.stack([p.grad.norm() for p in weights.values()]).norm().item(),
+                "weight_norm": torch.stack([p.norm() for p in weights.values()]).norm().item(),
+                "max_over_rms": torch.stack(peaks).max().item(),
+                "lars_rate": torch.stack(local).mean().item() if local else None,
+            }
     return layers
 
 
 # ------------------------------------------------------------------------ linear evaluation
-
 
 @torch.no_grad()
 def features(encoder, images, size, device):
@@ -660,11 +642,10 @@ def fit_linear(x, labels):
     """Multinomial logistic regression by L-BFGS to convergence: float64 (N, d), (N,) -> weight (d, classes), bias.
     Minimises the mean cross-entropy + ||weight||^2 / 2N, as scikit-learn with C = 1. The search runs along the
     principal axes of x, each scaled to the curvature expected there: some 50 iterations instead of 1000."""
-    decay = 1 / len(x)
+    decay, classes = 1 / len(x), int(labels.max()) + 1
     variance, axes = torch.linalg.eigh(x.T @ x / len(x))
     axes = axes * (variance.clamp_min(0) + 10 * decay).rsqrt()
     x = x @ axes
-    classes = int(labels.max()) + 1
     weight, bias = (torch.zeros(shape, dtype=x.dtype, requires_grad=True) for shape in ((x.shape[1], classes), classes))
     lbfgs = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-5, tolerance_change=0,
                               history_size=20, line_search_fn="strong_wolfe")
@@ -708,7 +689,6 @@ def evaluate(encoder, images, size, device):
 
 # ------------------------------------------------------------------------ checkpoint
 
-
 def write_whole(path, write):
     """`write(file)` into a file beside `path`, then rename: `path` appears whole or not at all."""
     aside = f"{path}.tmp"
@@ -726,19 +706,18 @@ def write_whole(path, write):
 def describe(args, argv):
     """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
     git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+    commit = None
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     cpu = re.search(r"model name\s*: (.*)", CPUINFO)
+    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
+    modules = dict(torch=torch, torchvision=torchvision, numpy=np)
     return {
         "flags": {name: value for name, value in vars(args).items() if name != "out"},
         "command": shlex.join(["python", "byol.py", *argv]),
         "commit": commit,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__, "numpy": np.__version__},
-        "hardware": {"machine": platform.machine(), "cpu": cpu and cpu[1], "threads": torch.get_num_threads(),
-                     "gpu": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None},
+        "versions": {"python": platform.python_version(), **{name: m.__version__ for name, m in modules.items()}},
+        "hardware": {"machine": platform.machine(), "cpu": cpu and cpu[1], "threads": torch.get_num_threads(), "gpu": gpu},
     }
 
 
@@ -746,36 +725,35 @@ def describe(args, argv):
 def open_run(out, config):
     """Make the run's folder, or enter it if it holds this very run: (its log, locked, so that a second process with the
     same run waits until the first is done; whether the run is finished)."""
-    path, log = os.path.join(out, "config.json"), os.path.join(out, "metrics.jsonl")
+    path, log = Path(out, "config.json"), Path(out, "metrics.jsonl")
     try:
         os.makedirs(out, exist_ok=True)
         foreign = [name for name in os.listdir(out) if not name.endswith(".tmp") and os.path.getsize(f"{out}/{name}")]
-        if foreign and not os.path.exists(path):
+        if foreign and not path.exists():
             stop(2, f"--out {out}: neither empty nor a run's folder (it holds {foreign[0]})")
-        log = open(log, "ab")
+        file = open(log, "ab")
     except OSError as error:
         stop(2, f"--out {out}: {error.strerror}")
-    with log:
+    with file:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"another process runs {out}: waiting for it", flush=True)
-            fcntl.flock(log, fcntl.LOCK_EX)
-        if not os.path.exists(path):
-            text = json.dumps(config, indent=1).encode() + b"\n"
+            fcntl.flock(file, fcntl.LOCK_EX)
+        text = json.dumps(config, indent=1).encode() + b"\n"
+        if not path.exists():
             write_whole(path, lambda file: file.write(text))
         try:
-            theirs = json.loads(Path(path).read_text())["flags"]
-            differing = [n for n, value in json.loads(json.dumps(config["flags"])).items() if theirs.get(n) != value]
-        except (ValueError, KeyError, TypeError, AttributeError):
+            theirs = dict(json.loads(path.read_bytes())["flags"])
+        except (ValueError, KeyError, TypeError):
             stop(1, f"{path} is damaged; remove the folder to start again")
-        for name in differing:
-            flag = name if name == "processes" else "--" + name.replace("_", "-")
-            was, now = theirs.get(name), config["flags"][name]
-            stop(2, f"--out {out} holds a run with {flag} {was}, not {now}: give another --out")
-        with open(log.name, "rb") as written:
-            written.seek(max(0, os.path.getsize(log.name) - 200))
-            yield log, b'{"step": %d, "accuracy"' % config["flags"]["steps"] in written.read()
+        for name, now in json.loads(text)["flags"].items():
+            if theirs.get(name) != now:
+                stop(2, f"--out {out} holds a run with --{name.replace('_', '-')} {theirs.get(name)}, not {now}: "
+                        "give another --out")
+        with open(log, "rb") as written:
+            written.seek(max(0, log.stat().st_size - 200))
+            yield file, b'{"step": %d, "accuracy"' % config["flags"]["steps"] in written.read()
 
 
 def load_checkpoint(path, parts):
@@ -793,7 +771,6 @@ def load_checkpoint(path, parts):
 
 # ------------------------------------------------------------------------ training
 
-
 def rate(step, steps, lr, warmup):
     """Learning rate of step 0, 1, ... of `steps`: linear warm-up over a share of the run, then cosine to 0."""
     first = warmup * steps
@@ -805,31 +782,6 @@ def rate(step, steps, lr, warmup):
 def tau(step, steps, base):
     """EMA rate of step 0, 1, ... of `steps`: from `base` to 1 along a cosine (BYOL, section 3.3)."""
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-@functools.lru_cache(maxsize=1)
-def image_order(n, seed, epoch):
-    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
-
-
-def draw_views(images, step, args, lap):
-    """Both views of this process's share of the batch of step 0, 1, ..., one after the other, on the device:
-    (2 * batch / processes, 3, size, size). They are drawn for the whole batch, so that every number of processes trains
-    on the same ones."""
-    epoch, batch = divmod(step, len(images) // args.batch_size)
-    share = slice(RANK * args.batch_size // WORLD, (RANK + 1) * args.batch_size // WORLD)
-    chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size :][share]
-    x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
-    lap("images")
-    some = len(x) if x.is_cuda else 1 + 2**19 // (3 * args.size**2)         # as many as stay in a CPU's cache
-    rng, views = generator(args.seed, VIEWS, step), []
-    for _ in range(2):
-        params, order = draw_view(args.batch_size, x.shape[-1], args.size, rng)
-        params = {name: t[share].to(args.device, non_blocking=True) for name, t in params.items()}
-        for first in range(0, len(x), some):
-            part = slice(first, first + some)
-            views.append(make_view(x[part], {name: t[part] for name, t in params.items()}, order, args.size))
-    return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
 def autocast(args):
@@ -870,9 +822,6 @@ def train_step(args, images, online, target, optimizer, step, lap=lambda part: N
     return loss.detach(), (y1, z1, y2, z2)
 
 
-PARTS = "images", "views", "online forward", "target forward", "backward", "optimizer", "EMA", "metrics"
-
-
 def profile(args, images, online, target, optimizer, rounds=5, steps=4):
     """Print where the time of a step goes, and its floor: both networks' forwards and the backward on fixed tensors.
     Steps and floors alternate, so that what else the machine does falls on both; medians are over `rounds`."""
@@ -884,19 +833,15 @@ def profile(args, images, online, target, optimizer, rounds=5, steps=4):
         nonlocal clock
         if cuda:
             torch.cuda.synchronize(args.device)
-        now = time.perf_counter()
-        table[-1][part] = table[-1].get(part, 0.0) + 1000 / steps * (now - clock)
-        clock = now
+        before, clock = clock, time.perf_counter()
+        table[-1][part] += 1000 / steps * (clock - before)
 
-    for index in range((rounds + 1) * steps):
-        table += [{}] if index % steps == 0 else []
+    for step in range((rounds + 1) * steps):
+        table += [collections.Counter()] if step % steps == 0 else []
         lap("between")
-        loss, outputs = train_step(args, images, online, target, optimizer, index, lap)
-        if index % steps == 0:
-            collapse_metrics(*outputs), layer_metrics(online, optimizer), loss.item()
-            lap("metrics")
-            table[-1]["metrics"] *= steps / args.log_every                     # a step's share of them
-        lap("between")
+        loss, outputs = train_step(args, images, online, target, optimizer, step, lap)
+        collapse_metrics(*outputs), layer_metrics(online, optimizer), loss.item()
+        lap("metrics")
         with autocast(args):
             prediction = online(views)[2]
             if args.loss != "simclr":
@@ -904,19 +849,19 @@ def profile(args, images, online, target, optimizer, rounds=5, steps=4):
                     target(views)
         prediction.float().square().mean().backward()
         lap("floor")
-    for row in table:
-        row["step"] = sum(row[part] for part in PARTS)
-        row |= {"ratio": row["floor"] / row["step"], "samples_per_s": 1000 / row["step"] * args.batch_size}
     print(f"{'':16}{'median':>10}{'least':>10}{'most':>10}   ms a step")
-    figures = {}
+    for row in table:
+        row["metrics"] /= args.log_every                                       # a step's share of them
+        row["step"] = sum(row[part] for part in PARTS)
+        row.update(ratio=row["floor"] / row["step"], samples_per_s=1000 / row["step"] * args.batch_size)
+    figures = {"threads": torch.get_num_threads()}
     for name in (*PARTS, "step", "floor", "ratio", "samples_per_s"):
         values = sorted(row[name] for row in table[1:])                         # the first round warmed up
         figures[name] = values[rounds // 2], values[0], values[-1]
         print(f"{name:16}" + "".join(f"{value:10.4g}" for value in figures[name]))
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024          # on macOS in KiB, not MiB
-    peak = torch.cuda.max_memory_allocated(args.device) / 2**20 if cuda else resident
-    print(f"{'peak memory':16}{peak:10.4g} MiB")
-    print(json.dumps(figures | {"peak_memory_mib": peak, "threads": torch.get_num_threads()}))
+    figures["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20 if cuda else resident
+    print(f"{'peak memory':16}{figures['peak_memory_mib']:10.4g} MiB\n{json.dumps(figures)}")
 
 
 def train(args, images, online, target, optimizer, log, checkpoint):
@@ -1034,7 +979,7 @@ def run(argv):
 
     checkpoint, nothing = Path(args.out, "checkpoint.pt"), contextlib.nullcontext((None, False))
     with open_run(args.out, describe(args, argv)) if RANK == 0 else nothing as (log, finished):
-        if agree(int(finished)):
+        if agree(finished):
             print(f"{args.out} holds this run, finished; remove the folder to run it again")
             stopped_by = 0
         else:
