@@ -1231,16 +1231,19 @@ EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: it
 def write_run(folder, name, seed, distances, accuracy, layers=""):
     out = folder / f"{name}-s{seed}"
     out.mkdir(parents=True, exist_ok=True)
-    enc = {"bn": "bn", "gn": "gn", "gnws": "gn+ws"}[name.removeprefix("random-").split("-")[0]]
-    flags = dict(enc_norm=enc, steps=len(distances), seed=seed, data="shapes", size=16, width=8, stem="cifar", batch_size=64)
+    enc = {"bn": "bn", "gn": "gn", "gnws": "gn+ws", "map": "gn"}[name.removeprefix("random-").split("-")[0]]
+    flags = dict(enc_norm=enc, steps=len(distances), seed=seed, data="shapes", size=16, width=8, stem="cifar", batch_size=64,
+                 opt="lars" if "lars" in name else "sgd")
+    if found := report.MAP.fullmatch(name):
+        flags |= dict(lr=float(found[2]), weight_decay=float(found[3]))
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command=f"python byol.py --seed {seed}", versions={},
-                                                     hardware=dict(cpu="CPU", machine="x"))))
+                                                     hardware=dict(cpu="CPU", machine="x", threads=1))))
     lines = []
     for step, distance in enumerate(distances, 1):
         values = dict(grad_norm=1.0, lars_rate=0.01, max_over_rms=5.0, weight_norm=1.0)
         if layers != "flat":            # as the appendix has it: vanishing gradients, exploding rates, a few large weights
             values |= dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=10.0 if distance < 0.01 else 5.0)
-        lines.append(dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance,
+        lines.append(dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance, images_per_s=64.0,
                           layers=dict.fromkeys(("layer1", "layer4", "projection"), values)))
     lines.append(dict(step=len(distances), accuracy=accuracy, state=""))
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -1267,15 +1270,24 @@ def test_verdicts_can_fail(claim, tmp_path):
 
 
 def test_report_is_written_alike_each_time(tmp_path):
-    write_sweep(tmp_path / "sweep", *[[run for holds, *_ in EVIDENCE.values() for run in holds]] * 2)
+    write_sweep(tmp_path / "sweep", *[[*EVIDENCE["C4"][0], ("map-sgd-0.1-1e-4", "collapsed", 20)]] * 2)
     report.main(tmp_path / "sweep")
     first = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     report.main(tmp_path / "sweep")
     assert first == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    text = (tmp_path / "sweep" / "README.md").read_text()
-    assert len(list((tmp_path / "sweep" / "figures").iterdir())) == len(report.FIGURES) and "not run" not in text
     with pytest.raises(SystemExit, match="no finished run"):
         report.main(tmp_path)
+
+
+def test_report_shows_every_figure_and_note(tmp_path):
+    cells = [(f"map-{opt}-{lr}-1e-4", "recovered", 25) for opt in ("sgd", "lars") for lr in (0.1, 0.2)]
+    write_sweep(tmp_path, [run for holds, *_ in EVIDENCE.values() for run in holds] + cells, EVIDENCE["C4"][0])
+    (tmp_path / "notes.md").write_text("# Summary\nIt reaches {{gn-none-sgd accuracy}}.\n# C4\nLater: {{no-such-run state}}.\n")
+    report.main(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    figures = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"summary", "map-sgd", "map-lars", *report.FIGURES, *report.WHY} and all(f"{name}.png" in text for name in figures)
+    assert "It reaches 25 +- 7.1 %." in text and text.count("not run") == 1 and "\n## C4\n\nLater: not run.\n" in text
 
 
 def test_run_all_runs_what_the_report_needs():

@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import LogNorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from byol import COLLAPSED, RECOVERED, collapse_state
@@ -33,6 +34,8 @@ class Run:
         self.steps = {line["step"]: line for line in lines if "loss" in line}
         self.accuracies = {line["step"]: line["accuracy"] for line in lines if "accuracy" in line}
         self.finished = self.flags["steps"] in self.accuracies
+        logged = [0, *self.steps]
+        self.seconds = sum((b - a) * self.flags["batch_size"] / self.steps[b]["images_per_s"] for a, b in zip(logged, logged[1:]))
         self.states, state = {}, "untrained"
         for step, line in self.steps.items():
             self.states[step] = state = collapse_state(state, line["rep_dist"])
@@ -61,6 +64,11 @@ class Run:
     @property
     def recovered_at(self):
         return next(iter(self.entries("recovered")), None)
+
+    @property
+    def lowest(self):
+        """The smallest representation distance."""
+        return min(line["rep_dist"] for line in self.steps.values())
 
     @property
     def separated_from(self):
@@ -184,6 +192,11 @@ def verdict(claim, sweep):
     return words, list(held)
 
 
+def seeds_of(name, sweep):
+    """The runs of a configuration, one for each seed that has it."""
+    return [runs[name] for _, runs in sorted(sweep.items()) if name in runs]
+
+
 def load(folder):
     """{seed: {name: Run}} of the finished runs of a folder."""
     sweep = {}
@@ -218,36 +231,129 @@ FIGURE_OF = {"C1": "accuracy-bn", "C2": "accuracy-bn", "C3": "accuracy-bn", "C4"
              "D4": "decay-weights", "D5": "standardized-distance", "D6": "early-rate", "D7": "early-distance",
              "D8": "early-distance", "D9": "mlps-loss", "D10": "rates-rate"}
 LABELS = {"accuracy": "linear accuracy in %", "rep_dist": "representation distance", "loss": "training loss",
-          "lars_rate": "local LARS rate", "grad_norm": "gradient norm", "max_over_rms": "largest weight / rms"}
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]         # Okabe and Ito: told apart by the colour-blind
+          "lars_rate": "local LARS rate", "grad_norm": "gradient norm", "weight_norm": "weight norm", "max_over_rms": "largest weight / rms"}
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito: colour-blind safe
+WHY = {  # file: (title, run): every layer around the moment of collapse and of recovery
+    "layers-sgd": ("SGD, no batch statistics", "gn-none-sgd"),
+    "layers-decay": ("SGD with weight decay, no batch statistics", "gn-none-sgd-wd1e-5"),
+    "layers-early": ("LARS on layer1 and layer2 only", "gn-none-lars-early"),
+    "layers-0.5": ("LARS 0.5", "gn-none-lars-0.5"),
+    "layers-0.1": ("LARS 0.1", "gn-none-lars-0.1"),
+}
+MAP = re.compile(r"map-(sgd|lars)-([^-]+)-(.+)")                # optimizer, rate, weight decay
 
 
-def draw(path, title, names, metric, layer, sweep):
-    """One figure: a thin line for each seed, a thick one for their mean; returns whether there was anything to draw."""
+def curves(axes, runs, colour, label, metric, layer=None):
+    """A thin line for each run and a thick one for their mean."""
+    drawn = []
+    for run in runs:
+        steps, values = run.series(metric, layer) if metric != "accuracy" else map(list, zip(*run.accuracies.items()))
+        axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.6)
+        drawn.append(values)
+    axes.plot(steps, [statistics.fmean(column) for column in zip(*drawn)], color=colour, linewidth=2, label=label)
+
+
+def draw_curves(title, names, metric, layer, sweep):
+    """A metric of some runs, one colour for each configuration."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, colour in zip(names, COLOURS):
-        curves = []
-        for runs in sweep.values():
-            if name in runs:
-                run = runs[name]
-                steps, values = (list(run.accuracies), list(run.accuracies.values())) if metric == "accuracy" \
-                    else run.series(metric, layer)
-                curves.append(values)
-                axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.6)
-        if curves:
-            mean = [statistics.fmean(column) for column in zip(*curves)]
-            axes.plot(steps, mean, color=colour, linewidth=2, label=name)
-    drawn = bool(axes.lines)
-    if drawn:
-        if metric != "accuracy":
-            axes.set_yscale("log")
-        if metric == "rep_dist":
-            axes.axhspan(axes.get_ylim()[0], COLLAPSED, color="0.93", zorder=0)
-        axes.set(title=title, xlabel="optimizer steps", ylabel=LABELS[metric])
-        axes.legend(frameon=False, fontsize=9)
-        figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    return drawn
+        if runs := seeds_of(name, sweep):
+            curves(axes, runs, colour, name, metric, layer)
+    if metric != "accuracy":
+        axes.set_yscale("log")
+    if metric == "rep_dist":
+        axes.axhspan(axes.get_ylim()[0], COLLAPSED, color="0.93", zorder=0)
+    axes.set(title=title, xlabel="optimizer steps", ylabel=LABELS[metric])
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def draw_layers(title, name, sweep):
+    """What D4, D6 and D10 speak of, for every layer group of one configuration, over the logarithm of the step."""
+    runs = seeds_of(name, sweep)
+    metrics = ["grad_norm", "weight_norm", "max_over_rms", "lars_rate" if runs[0].flags["opt"] == "lars" else "loss"]
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), sharex=True, gridspec_kw=dict(wspace=0.35, hspace=0.15))
+    for axes, metric in zip(panels.flat, metrics):
+        if metric == "loss":
+            curves(axes, runs, COLOURS[0], metric, metric)
+        for (layer, values), colour in zip(runs[0].final("layers").items(), COLOURS):
+            if metric != "loss" and values[metric] is not None:
+                curves(axes, runs, colour, layer, metric, layer)
+        distance = axes.twinx()
+        curves(distance, runs, "0.6", "representation distance", "rep_dist")
+        distance.set(yscale="log", ylim=(1e-8, 2))
+        distance.tick_params(colors="0.5")
+        axes.set(xscale="log", yscale="log", title=LABELS[metric])
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title}; grey, right: representation distance", y=0.95)
+    figure.supxlabel("optimizer steps", y=0.04)
+    return figure
+
+
+def draw_map(optimizer, sweep):
+    """Rate against weight decay: the final representation distance as colour, the linear accuracy in the cell."""
+    cells = {}
+    for runs in sweep.values():
+        for name, run in runs.items():
+            if (found := MAP.fullmatch(name)) and found[1] == optimizer:
+                cells.setdefault((run.flags["weight_decay"], run.flags["lr"]), []).append(run)
+    decays, rates = (sorted({key[i] for key in cells}) for i in (0, 1))
+    # rounding leaves some 1e-7 of a constant; the mean over seeds is of the logarithms, as the colours are
+    distance = [[statistics.geometric_mean(max(run.final("rep_dist"), 1e-8) for run in cells[decay, rate])
+                 if (decay, rate) in cells else float("nan") for rate in rates] for decay in decays]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    image = axes.imshow(distance, norm=LogNorm(1e-7, 1), cmap="cividis", origin="lower", aspect="auto")
+    for (decay, rate), runs in cells.items():
+        place = decays.index(decay), rates.index(rate)
+        text = f"{statistics.fmean(run.accuracy for run in runs):.1f}" + f"\n({len(runs)} seeds)" * (len(runs) > 1)
+        text += "\nrecovered" * any(run.state == "recovered" for run in runs)
+        axes.text(place[1], place[0], text, ha="center", va="center", fontsize=9,
+                  color="black" if distance[place[0]][place[1]] > 1e-3 else "white")
+    axes.set(xticks=range(len(rates)), xticklabels=[f"{rate:g}" for rate in rates], yticks=range(len(decays)),
+             yticklabels=[f"{decay:g}" for decay in decays], xlabel="learning rate", ylabel="weight decay",
+             title=f"{optimizer.upper()}, no batch statistics, {runs[0].flags['steps']:,} steps: linear accuracy in %")
+    figure.colorbar(image, label="final representation distance")
+    return figure
+
+
+def draw_summary(sweep):
+    """Every configuration of the claims: the final representation distance, and the accuracy beside random features."""
+    names = [name for name in dict.fromkeys(name for row in CLAIMS.values() for name in row[1]) if seeds_of(name, sweep)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.3 * len(names)), sharey=True, layout="constrained")
+    for place, name in enumerate(reversed(names)):
+        runs = seeds_of(name, sweep)
+        collapsed = sum(run.state == "collapsed" for run in runs) * 2 > len(runs)
+        points = dict(color=COLOURS[1] if collapsed else COLOURS[0], marker="o", linestyle="", alpha=0.7)
+        left.plot([run.final("rep_dist") for run in runs], [place] * len(runs), **points)
+        right.plot([run.accuracy for run in runs], [place] * len(runs), **points)
+        random = [run.accuracy for run in seeds_of(RANDOM[runs[0].flags["enc_norm"]], sweep)]
+        right.plot(random, [place] * len(random), color="0.5", marker="|", linestyle="", markersize=9)
+    left.set(xscale="log", xlim=(3e-8, 2), xlabel="final representation distance", yticks=range(len(names)), yticklabels=names[::-1])
+    left.axvspan(3e-8, COLLAPSED, color="0.93", zorder=0)
+    left.text(1e-7, len(names) - 0.4, "collapsed", color="0.4", fontsize=9)
+    right.set(xlabel="linear accuracy in % (grey: random features of the same encoder)", ylim=(-0.7, len(names)))
+    for axes in (left, right):
+        axes.grid(axis="y", color="0.9", linewidth=0.6)
+    return figure
+
+
+def draw_all(folder, sweep):
+    """Write every figure that the sweep has runs for; returns their names."""
+    figures = {"summary": lambda: draw_summary(sweep)}
+    for name, (title, names, metric, layer) in FIGURES.items():
+        if any(seeds_of(run, sweep) for run in names):
+            figures[name] = lambda what=(title, names, metric, layer): draw_curves(*what, sweep)
+    for name, (title, run) in WHY.items():
+        if seeds_of(run, sweep):
+            figures[name] = lambda title=title, run=run: draw_layers(title, run, sweep)
+    for optimizer in ("sgd", "lars"):
+        if any(name.startswith(f"map-{optimizer}-") for runs in sweep.values() for name in runs):
+            figures[f"map-{optimizer}"] = lambda optimizer=optimizer: draw_map(optimizer, sweep)
+    for name, make in figures.items():
+        figure = make()
+        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+        plt.close(figure)
+    return list(figures)
 
 
 def spread(values, digits):
@@ -258,6 +364,32 @@ def spread(values, digits):
 
 def shown(steps):
     return ", ".join("never" if step is None else f"{step:,}" for step in steps)
+
+
+FACTS = {  # what {{run fact}} in notes.md stands for
+    "accuracy": lambda runs: spread([run.accuracy for run in runs], 4) + " %",
+    "distance": lambda runs: ", ".join(f"{run.final('rep_dist'):.2g}" for run in runs),
+    "lowest": lambda runs: ", ".join(f"{run.lowest:.2g}" for run in runs),
+    "state": lambda runs: ", ".join(run.state for run in runs),
+    "collapsed": lambda runs: shown(run.collapsed_at for run in runs),
+    "recovered": lambda runs: shown(run.recovered_at for run in runs),
+    "separated": lambda runs: shown(run.separated_from for run in runs),
+}
+
+
+def notes(folder, sweep):
+    """{heading: text} of DIR/notes.md, where there is one: what is written by hand, with every figure of a run filled in
+    from its log, over the seeds. A run that is not there reads `not run`."""
+    if not (folder / "notes.md").exists():
+        return {}
+
+    def fact(found):
+        runs = seeds_of(found[1], sweep)
+        return FACTS[found[2]](runs) if runs else "not run"
+
+    text = re.sub(r"\{\{(\S+) (\w+)\}\}", fact, (folder / "notes.md").read_text())
+    headings = re.split(r"^# (.+)$", text, flags=re.MULTILINE)[1:]
+    return {heading: body.strip() for heading, body in zip(headings[::2], headings[1::2])}
 
 
 def table(sweep, figures):
@@ -277,13 +409,12 @@ def table(sweep, figures):
     yield ""
     yield "| run | claims | seeds | accuracy in % | final representation distance | collapsed at step | recovered at step | command of the first seed |"
     yield "|---|---|---|---|---|---|---|---|"
-    for name in sorted({name for runs in sweep.values() for name in runs}):
-        of = {seed: runs[name] for seed, runs in sorted(sweep.items()) if name in runs}
-        runs = list(of.values())
+    for name in sorted({name for runs in sweep.values() for name in runs if not MAP.fullmatch(name)}):
+        runs = seeds_of(name, sweep)
         trained = [run for run in runs if run.steps]
         claims = ", ".join(claim for claim, row in CLAIMS.items() if name in row[1])
         distances = ", ".join(f"{run.final('rep_dist'):.2g}" for run in trained)
-        yield (f"| {name} | {claims} | {', '.join(map(str, of))} | {', '.join(f'{run.accuracy:.2f}' for run in runs)} | {distances} "
+        yield (f"| {name} | {claims} | {', '.join(str(run.flags['seed']) for run in runs)} | {', '.join(f'{run.accuracy:.2f}' for run in runs)} | {distances} "
                f"| {shown(run.collapsed_at for run in trained)} | {shown(run.recovered_at for run in trained)} | `{runs[0].command}` |")
 
 
@@ -292,23 +423,29 @@ def main(folder):
     if not sweep:
         sys.exit(f"report.py: no finished run of run_all.sh (NAME-sSEED/metrics.jsonl) in {folder}")
     (folder / "figures").mkdir(exist_ok=True)
-    figures = [name for name, what in FIGURES.items() if draw(folder / "figures" / f"{name}.png", *what, sweep)]
+    figures = draw_all(folder / "figures", sweep)
+    written = notes(folder, sweep)
     every = [run for runs in sweep.values() for run in runs.values()]
     flags, hardware = every[0].flags, {run.hardware["cpu"] or run.hardware["machine"] for run in every}
-    counts = {}
-    for claim in CLAIMS:
-        word = verdict(claim, sweep)[0].split(" (")[0]
-        counts[word] = counts.get(word, 0) + 1
+    hours = sum(run.seconds for run in every) / 3600
+    words = [verdict(claim, sweep)[0].split(" (")[0] for claim in CLAIMS]
     lines = [
         "# The claims of the appendix, measured", "",
-        "Written by `python results/report.py` from the logs in this folder.", "",
+        "Written by `python results/report.py` from the logs in this folder"
+        + (" and the text of [notes.md](notes.md)." if written else "."), "",
         f"Small scale: data {flags['data']}, views of {flags['size']} px, ResNet-18 of width {flags['width']} with the "
         f"{flags['stem']} stem, batch {flags['batch_size']}; {len(every)} runs of up to "
-        f"{max(run.flags['steps'] for run in every):,} steps, on {', '.join(sorted(hardware))}.", "",
+        f"{max(run.flags['steps'] for run in every):,} steps, {hours:.1f} hours of training, each run on "
+        f"{every[0].hardware['threads']} thread of {', '.join(sorted(hardware))}.", "",
         f"Collapsed: a representation distance under {COLLAPSED:g}. Recovered: afterwards over {RECOVERED:g}. "
         f"Useful: {USEFUL} points of linear accuracy or more above random features of the same encoder and seed.", "",
-        "Verdicts: " + ", ".join(f"{n} {word}" for word, n in sorted(counts.items())) + ".", "",
+        "Verdicts: " + ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words))) + ".", "",
+        written.pop("Summary", ""), "",
+        written.pop("Set-up", ""), "",
+        "## Verdicts", "",
         *table(sweep, figures), "",
+        *(f"## {heading}\n\n{text}\n" for heading, text in written.items()),
+        "## Figures", "",
         *(f"![{name}](figures/{name}.png)\n" for name in figures),
     ]
     (folder / "README.md").write_text("\n".join(lines))
