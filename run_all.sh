@@ -63,10 +63,10 @@ usage() {
 
 # Its arguments as one line that a shell reads back, quoted as Python's shlex.join does in a run's config.json.
 quoted() {
-    local word line=
+    local word line='' apostrophe="'" escaped="'\"'\"'"      # variables: bash 3.2 reads quotes in a substitution otherwise
     for word; do
         case $word in
-        '' | *[!a-zA-Z0-9_@%+=:,./-]*) line="$line '${word//\'/\'\"\'\"\'}'" ;;
+        '' | *[!a-zA-Z0-9_@%+=:,./-]*) line="$line '${word//$apostrophe/$escaped}'" ;;
         *) line="$line $word" ;;
         esac
     done
