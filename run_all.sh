@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh                                 all of them, on the embedded images
 #   bash run_all.sh C4 D7                           those of some claims
-#   bash run_all.sh map                             rate against weight decay, 84 runs that stand in no other call
+#   bash run_all.sh map scan                        rate against weight decay, and what explains a verdict; only if named
 #   bash run_all.sh --list                          print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results bash run_all.sh C3 C4 -- --width 16
 #
@@ -42,6 +42,8 @@ B3               bn-none-moco          4000  --enc-norm bn --mlp-norm none --los
 B4               bn-bn.none-sgd        4000  --enc-norm bn --proj-norm bn --pred-norm none
 B4               bn-none.bn-sgd        4000  --enc-norm bn --proj-norm none --pred-norm bn
 X1               gnws-none-lars        4000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
+scan             scan-lars-0.2-slow    8000  $NO_BATCH --opt lars --warmup 0.51 --lr 0.2
+scan             scan-lars-0.1-slow    8000  $NO_BATCH --opt lars --warmup 0.51 --lr 0.1
 "
 # The map of rate against weight decay, run when it is named. Warm-up as long, in steps, as above.
 for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
@@ -100,7 +102,7 @@ commands=()
 for seed in $SEEDS; do
     while read -r ids name length flags; do
         wanted=${claims:+no}
-        [ "$ids" != map ] || wanted=no
+        case $ids in map | scan) wanted=no ;; esac
         for claim in $claims; do
             case ,$ids, in *,"$claim",*) wanted= ;; esac
         done
