@@ -20,28 +20,28 @@ CONFIGURATIONS="
 random           random-bn                0  --enc-norm bn
 random           random-gn                0  --enc-norm gn
 random           random-gnws              0  --enc-norm gn+ws
-C3,X1            bn-bn-sgd             4000  --enc-norm bn --mlp-norm bn
+C3,X1            bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
 C1,C2,C3         bn-none-sgd          12000  --enc-norm bn --mlp-norm none
-C2               bn-none-lars          4000  --enc-norm bn --mlp-norm none $LARS --lr 0.2
-C4,B5            gn-none-sgd           4000  $NO_BATCH
-C5,C6            gn-bn-sgd             4000  --enc-norm gn --mlp-norm bn
-C6,D7            gn-none-lars          4000  $NO_BATCH $LARS --lr 0.2
-C7,D10           gn-none-lars-0.1      4000  $NO_BATCH $LARS --lr 0.1
-D10              gn-none-lars-0.5      4000  $NO_BATCH $LARS --lr 0.5
+C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none $LARS --lr 0.2
+C4,B5            gn-none-sgd           6000  $NO_BATCH
+C5,C6            gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
+C6,D7            gn-none-lars          6000  $NO_BATCH $LARS --lr 0.2
+C7,D10           gn-none-lars-0.1      6000  $NO_BATCH $LARS --lr 0.1
+D10              gn-none-lars-0.5      6000  $NO_BATCH $LARS --lr 0.5
 D1,D4            gn-none-sgd-wd1e-5   12000  $NO_BATCH --weight-decay 1e-5
 D2               gn-none-sgd-wd1e-4   12000  $NO_BATCH --weight-decay 1e-4
 D3               gn-none-sgd-wd1e-6   12000  $NO_BATCH --weight-decay 1e-6
 D3               gn-none-sgd-wd1e-3   12000  $NO_BATCH --weight-decay 1e-3
 D5               gnws-none-sgd        12000  --enc-norm gn+ws --mlp-norm none
-D7,D6            gn-none-lars-early    4000  $NO_BATCH $LARS --lr 0.2 --lars-layers encoder.layer[12]
-D8               gn-none-sgd-early     4000  $NO_BATCH --lr-mult encoder.layer[12]=10
-D9,D7            gn-none-lars-mlps     4000  $NO_BATCH $LARS --lr 0.2 --lars-layers projection|prediction
+D7,D6            gn-none-lars-early    6000  $NO_BATCH $LARS --lr 0.2 --lars-layers encoder.layer[12]
+D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[12]=10
+D9,D7            gn-none-lars-mlps     6000  $NO_BATCH $LARS --lr 0.2 --lars-layers projection|prediction
 B1               bn-none-sgd-short     2000  --enc-norm bn --mlp-norm none
 B2               bn-ln-sgd-short       2000  --enc-norm bn --mlp-norm ln
-B3               bn-none-moco          4000  --enc-norm bn --mlp-norm none --loss moco
-B4               bn-bn.none-sgd        4000  --enc-norm bn --proj-norm bn --pred-norm none
-B4               bn-none.bn-sgd        4000  --enc-norm bn --proj-norm none --pred-norm bn
-X1               gnws-none-lars        4000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
+B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --loss moco
+B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
+B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
+X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 scan             scan-lars-0.2-slow    8000  $NO_BATCH --opt lars --warmup 0.51 --lr 0.2
 scan             scan-lars-0.1-slow    8000  $NO_BATCH --opt lars --warmup 0.51 --lr 0.1
 "
@@ -108,7 +108,7 @@ for seed in $SEEDS; do
         done
         [ -n "$ids" ] && [ -z "$wanted" ] || continue
         [ "$STEPS" -gt 0 ] && [ "$length" -gt 0 ] && length=$STEPS
-        [ "$length" -lt 2000 ] && lines=10 evaluations=1 || lines=40 evaluations=4
+        [ "$length" -lt 2000 ] && lines=10 evaluations=1 || lines=40 evaluations=6
         names+=("$name-s$seed")
         steps+=("$length")
         # shellcheck disable=SC2086  # $flags and $BATCH are several words
