@@ -12,7 +12,7 @@
 # goes to every byol.py. A finished run is skipped, a cut-off one resumes. In a Slurm array each element runs its command.
 
 NO_BATCH="--enc-norm gn --mlp-norm none"    # no batch statistics anywhere
-LARS="--opt lars --warmup 0.03"             # 10 epochs of 320
+LARS="--opt lars --warmup 0.68"             # 4,100 steps, as many as the original's 10 epochs
 BATCH="--batch-size 32"                     # of every run: results/notes.md says why
 
 # claims         name                 steps  flags
@@ -42,16 +42,19 @@ B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --los
 B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
 X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
-scan             scan-lars-0.2-slow    8000  $NO_BATCH --opt lars --warmup 0.51 --lr 0.2
-scan             scan-lars-0.1-slow    8000  $NO_BATCH --opt lars --warmup 0.51 --lr 0.1
+scan             scan-lars-0.2-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.2
+scan             scan-lars-0.1-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.1
+scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
+scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02
+scan             scan-lars-0.01        6000  $NO_BATCH $LARS --lr 0.01
 "
-# The map of rate against weight decay, run when it is named. Warm-up as long, in steps, as above.
+# The map of rate against weight decay, run when it is named.
 for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
     for lr in 0.01 0.02 0.05 0.1 0.2 0.5 1; do
         CONFIGURATIONS+="map map-sgd-$lr-$decay 1500 $NO_BATCH --lr $lr --weight-decay $decay"$'\n'
     done
     for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
-        CONFIGURATIONS+="map map-lars-$lr-$decay 1500 $NO_BATCH --opt lars --warmup 0.08 --lr $lr --weight-decay $decay"$'\n'
+        CONFIGURATIONS+="map map-lars-$lr-$decay 1500 $NO_BATCH $LARS --lr $lr --weight-decay $decay"$'\n'
     done
 done
 
