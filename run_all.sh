@@ -44,6 +44,8 @@ B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pr
 X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 scan             scan-lars-0.2-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.2
 scan             scan-lars-0.1-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.1
+scan             scan-sgd-warm         6000  $NO_BATCH --warmup 0.68
+scan             scan-sgd-warm-wd1e-3  6000  $NO_BATCH --warmup 0.68 --weight-decay 1e-3
 scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
 scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02
 scan             scan-lars-0.01        6000  $NO_BATCH $LARS --lr 0.01
