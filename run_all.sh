@@ -45,6 +45,7 @@ X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $L
 scan             scan-lars-0.2-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.2
 scan             scan-lars-0.1-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.1
 scan             scan-sgd-warm         6000  $NO_BATCH --warmup 0.68
+scan             scan-sgd-warm-short   6000  $NO_BATCH --warmup 0.03
 scan             scan-sgd-warm-wd1e-3  6000  $NO_BATCH --warmup 0.68 --weight-decay 1e-3
 scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
 scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02
