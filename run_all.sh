@@ -12,7 +12,7 @@
 # goes to every byol.py. A finished run is skipped, a cut-off one resumes. In a Slurm array each element runs its command.
 
 NO_BATCH="--enc-norm gn --mlp-norm none"    # no batch statistics anywhere
-LARS="--opt lars --warmup 0.68"             # 4,100 steps, as many as the original's 10 epochs
+LARS="--opt lars --warmup 0"                # as in the blog's code: results/notes.md
 BATCH="--batch-size 32"                     # of every run: results/notes.md says why
 
 # claims         name                 steps  flags
@@ -42,14 +42,14 @@ B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --los
 B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
 X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
-scan             scan-lars-0.2-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.2
-scan             scan-lars-0.1-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.1
-scan             scan-sgd-warm         6000  $NO_BATCH --warmup 0.68
-scan             scan-sgd-warm-short   6000  $NO_BATCH --warmup 0.03
-scan             scan-sgd-warm-wd1e-3  6000  $NO_BATCH --warmup 0.68 --weight-decay 1e-3
 scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
 scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02
-scan             scan-lars-0.01        6000  $NO_BATCH $LARS --lr 0.01
+scan             scan-sgd-short        6000  $NO_BATCH --warmup 0.03
+scan             scan-lars-0.2-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.2
+scan             scan-sgd-warm         6000  $NO_BATCH --warmup 0.68
+scan             scan-sgd-warm-wd1e-3  6000  $NO_BATCH --warmup 0.68 --weight-decay 1e-3
+scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2
+scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
 "
 # The map of rate against weight decay, run when it is named.
 for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
