@@ -223,6 +223,8 @@ FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
                        "rep_dist", None),
     "mlps-rate": ("LARS on the MLPs only: rate of the projection", ["gn-none-lars-mlps"], "lars_rate", "projection"),
     "mlps-loss": ("LARS on the MLPs only", ["gn-none-lars-mlps"], "loss", None),
+    "warm-up": ("Warm-up of 0 or 4,100 steps", ["gn-none-sgd", "scan-sgd-warm", "gn-none-lars", "scan-lars-0.2-warm"],
+                "rep_dist", None),
     "rates-rate": ("LARS: rate of layer1", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "lars_rate", "layer1"),
     "rates-distance": ("LARS", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "rep_dist", None),
 }
