@@ -50,6 +50,8 @@ scan             scan-sgd-warm         6000  $NO_BATCH --warmup 0.68
 scan             scan-sgd-warm-wd1e-3  6000  $NO_BATCH --warmup 0.68 --weight-decay 1e-3
 scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2
 scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
+scan             scan-lars-early-warm  6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers encoder.layer[12]
+scan             scan-lars-mlps-warm   6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers projection|prediction
 "
 # The map of rate against weight decay, run when it is named.
 for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
