@@ -93,16 +93,16 @@ def agree(number):
 
 # ------------------------------------------------------------------------ arguments
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite `kind` in [low, high], or in (low, high] with `above`."""
+def number(kind, low, high=1e18, above=False):
+    """An argparse type: a `kind` in [low, high], or in (low, high] with `above`."""
 
     def parse(text):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if low <= value <= high and abs(value) < math.inf and not (above and value == low):
+            if low <= value <= high and not (above and value == low):
                 return value
-        bound = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}" + ", whole" * (kind is int))
+        whole, bound = "whole " * (kind is int), "above" if above else "from"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number {bound} {low} to {high:g}")
 
     return parse
 

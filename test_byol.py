@@ -1035,7 +1035,7 @@ def refused(capsys, status, *flags):
     ("--opt adam", "--opt"),
     *((f"{flag} {value}", flag) for flag in "--width --size --batch-size --lr --log-every --checkpoint-every".split() for value in ("0", "-1", "x", "nan")),
     *((f"{flag} -1", flag) for flag in "--steps --epochs --seed --weight-decay --ema --warmup --eval-every".split()),
-    ("--ema 1.5", "--ema"), ("--lr inf", "--lr"), ("--width 3.5", "--width"), ("--width 100000", "--width"),
+    ("--ema 1.5", "--ema"), ("--lr inf", "--lr"), ("--lr 1e308", "--lr"), ("--weight-decay 1e308", "--weight-decay"), ("--width 3.5", "--width"), ("--width 100000", "--width"),
     ("--steps 5 --epochs 5", "--epochs"),
     ("--opt lars --lars-layers [", "--lars-layers"), ("--opt lars --lars-layers layer7", "layer7"),
     ("--lars-layers layer1", "--lars-layers"),
