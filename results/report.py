@@ -5,6 +5,7 @@ metrics.jsonl, and writes DIR/README.md and DIR/figures. Each claim is a row of 
 the rule that one seed's runs must meet. Same logs, same files, byte for byte.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -341,16 +342,16 @@ def draw_summary(sweep):
 
 def draw_all(folder, sweep):
     """Write every figure that the sweep has runs for; returns their names."""
-    figures = {"summary": lambda: draw_summary(sweep)}
+    figures = {"summary": functools.partial(draw_summary, sweep)}
     for name, (title, names, metric, layer) in FIGURES.items():
         if any(seeds_of(run, sweep) for run in names):
-            figures[name] = lambda what=(title, names, metric, layer): draw_curves(*what, sweep)
+            figures[name] = functools.partial(draw_curves, title, names, metric, layer, sweep)
     for name, (title, run) in WHY.items():
         if seeds_of(run, sweep):
-            figures[name] = lambda title=title, run=run: draw_layers(title, run, sweep)
+            figures[name] = functools.partial(draw_layers, title, run, sweep)
     for optimizer in ("sgd", "lars"):
         if any(name.startswith(f"map-{optimizer}-") for runs in sweep.values() for name in runs):
-            figures[f"map-{optimizer}"] = lambda optimizer=optimizer: draw_map(optimizer, sweep)
+            figures[f"map-{optimizer}"] = functools.partial(draw_map, optimizer, sweep)
     for name, make in figures.items():
         figure = make()
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
@@ -365,7 +366,7 @@ def spread(values, digits):
 
 
 def shown(steps):
-    return ", ".join("never" if step is None else f"{step:,}" for step in steps)
+    return ", ".join("never" if step in (None, float("inf")) else f"{step:,}" for step in steps)
 
 
 FACTS = {  # what {{run fact}} in notes.md stands for
@@ -416,8 +417,9 @@ def table(sweep, figures):
         trained = [run for run in runs if run.steps]
         claims = ", ".join(claim for claim, row in CLAIMS.items() if name in row[1])
         distances = ", ".join(f"{run.final('rep_dist'):.2g}" for run in trained)
+        command = runs[0].command.replace("|", "\\|")           # or it would end the table's cell
         yield (f"| {name} | {claims} | {', '.join(str(run.flags['seed']) for run in runs)} | {', '.join(f'{run.accuracy:.2f}' for run in runs)} | {distances} "
-               f"| {shown(run.collapsed_at for run in trained)} | {shown(run.recovered_at for run in trained)} | `{runs[0].command}` |")
+               f"| {shown(run.collapsed_at for run in trained)} | {shown(run.recovered_at for run in trained)} | `{command}` |")
 
 
 def main(folder):
