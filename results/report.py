@@ -265,7 +265,8 @@ def draw_curves(title, names, metric, layer, sweep):
     if metric != "accuracy":
         axes.set_yscale("log")
     if metric == "rep_dist":
-        axes.axhspan(axes.get_ylim()[0], COLLAPSED, color="0.93", zorder=0)
+        axes.set_ylim(bottom=axes.get_ylim()[0])
+        axes.axhspan(0, COLLAPSED, color="0.93", zorder=0)
     axes.set(title=title, xlabel="optimizer steps", ylabel=LABELS[metric])
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -334,7 +335,7 @@ def draw_summary(sweep):
     left.set(xscale="log", xlim=(3e-8, 2), xlabel="final representation distance", yticks=range(len(names)), yticklabels=names[::-1])
     left.axvspan(3e-8, COLLAPSED, color="0.93", zorder=0)
     left.text(1e-7, len(names) - 0.4, "collapsed", color="0.4", fontsize=9)
-    right.set(xlabel="linear accuracy in % (grey: random features of the same encoder)", ylim=(-0.7, len(names)))
+    right.set(xlabel="linear accuracy in % (grey bars: random features)", ylim=(-0.7, len(names)))
     for axes in (left, right):
         axes.grid(axis="y", color="0.9", linewidth=0.6)
     return figure
