@@ -77,6 +77,11 @@ def generator(seed, stream, index):
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def uniform_from(n, rng):
+    """A function (low, high, *shape) that draws (n, *shape) from U[low, high]."""
+    return lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=rng)
+
+
 def gather(rows):
     """The rows (N / processes, ...) of all processes in the batch's order; this process's own keep their gradient."""
     if WORLD == 1:
@@ -136,8 +141,8 @@ def parse_arguments(argv):
     add("--lr-mult", metavar="REGEX=FACTOR", type=regex_factor, action="append", default=[],
         help="multiply the rate of the layers in which REGEX is found; repeatable")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(int, 0, 10**9), help="optimizer steps (1200); 0: random features")
-    length.add_argument("--epochs", type=number(int, 0, 10**9), help="length in passes over the images instead")
+    length.add_argument("--steps", type=number(int, 0, 10**9), default=1200, help="length; 0: random features (1200)")
+    length.add_argument("--epochs", type=number(int, 0, 10**9), help="the length in passes over the images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step (64)")
     add("--size", type=number(int, 8), default=16, help="side of the views in pixels (16)")
     add("--data", default="shapes", help="shapes, cifar10, stl10, fashion-mnist or folder:DIR (shapes)")
@@ -218,7 +223,7 @@ def draw_shapes(per_class, seed, side=32):
     image and shows in every crop, such as contrast, is easier to predict than the form and is then learned instead.
     """
     n, rng, images = per_class, torch.Generator().manual_seed(seed), []
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=rng)
+    uniform = uniform_from(n, rng)
     grid = (torch.arange(side) + 0.5) / side * 2 - 1
     for field in FORMS.values():
         cell, tilt = uniform(0.95, 1.1, 1, 1), uniform(-0.15, 0.15, 1, 1)             # side of a cell over the image's
@@ -356,8 +361,7 @@ def draw_view(n, side, size, rng):
     """The random parameters of one view of n square images, drawn on the CPU with torchvision's distributions. Crops
     are RandomResizedCrop's: the first of ten tries that fits, else the whole image. An operation that is not applied
     gets the parameter that changes nothing. The order of the jitter is drawn once per batch."""
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=rng)
-    chance = lambda p: torch.rand(n, generator=rng) < p
+    uniform, chance = uniform_from(n, rng), lambda p: torch.rand(n, generator=rng) < p
     area = side * side * uniform(*SCALE, 10)
     ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
     tries = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).round()           # (n, 2, 10): height, width
@@ -717,7 +721,7 @@ def describe(args, argv):
         "command": shlex.join(["python", "byol.py", *argv]),
         "commit": commit,
         "versions": {"python": platform.python_version(), **{name: m.__version__ for name, m in modules.items()}},
-        "hardware": {"machine": platform.machine(), "cpu": cpu and cpu[1], "threads": torch.get_num_threads(), "gpu": gpu},
+        "hardware": dict(machine=platform.machine(), cpu=cpu and cpu[1], threads=torch.get_num_threads(), gpu=gpu),
     }
 
 
@@ -965,8 +969,6 @@ def run(argv):
         stop(2, f"--size {args.size}: more than four times the images' {side} pixels")
     if args.epochs is not None:
         args.steps = args.epochs * (n // args.batch_size)
-    elif args.steps is None:
-        args.steps = 1200
     if args.device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # without it cuBLAS is not deterministic
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -977,8 +979,9 @@ def run(argv):
         profile(args, images.pretrain, online, target, optimizer)
         return 0
 
-    checkpoint, nothing = Path(args.out, "checkpoint.pt"), contextlib.nullcontext((None, False))
-    with open_run(args.out, describe(args, argv)) if RANK == 0 else nothing as (log, finished):
+    checkpoint = Path(args.out, "checkpoint.pt")
+    mine = open_run(args.out, describe(args, argv)) if RANK == 0 else contextlib.nullcontext((None, False))
+    with mine as (log, finished):
         if agree(finished):
             print(f"{args.out} holds this run, finished; remove the folder to run it again")
             stopped_by = 0
