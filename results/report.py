@@ -378,6 +378,7 @@ FACTS = {  # what {{run fact}} in notes.md stands for
     "collapsed": lambda runs: shown(run.collapsed_at for run in runs),
     "recovered": lambda runs: shown(run.recovered_at for run in runs),
     "separated": lambda runs: shown(run.separated_from for run in runs),
+    "peak": lambda runs: shown(rate_peak(run) for run in runs),
 }
 
 
