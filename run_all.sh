@@ -21,7 +21,7 @@ random           random-bn                0  --enc-norm bn
 random           random-gn                0  --enc-norm gn
 random           random-gnws              0  --enc-norm gn+ws
 C3,X1            bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
-C1,C2,C3         bn-none-sgd          12000  --enc-norm bn --mlp-norm none
+C1,C2,C3         bn-none-sgd           6000  --enc-norm bn --mlp-norm none
 C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none $LARS --lr 0.2
 C4,B5            gn-none-sgd           6000  $NO_BATCH
 C5,C6            gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
@@ -32,7 +32,7 @@ D1,D4            gn-none-sgd-wd1e-5   12000  $NO_BATCH --weight-decay 1e-5
 D2               gn-none-sgd-wd1e-4   12000  $NO_BATCH --weight-decay 1e-4
 D3               gn-none-sgd-wd1e-6   12000  $NO_BATCH --weight-decay 1e-6
 D3               gn-none-sgd-wd1e-3   12000  $NO_BATCH --weight-decay 1e-3
-D5               gnws-none-sgd        12000  --enc-norm gn+ws --mlp-norm none
+D5               gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
 D7,D6            gn-none-lars-early    6000  $NO_BATCH $LARS --lr 0.2 --lars-layers encoder.layer[12]
 D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[12]=10
 D9,D7            gn-none-lars-mlps     6000  $NO_BATCH $LARS --lr 0.2 --lars-layers projection|prediction
@@ -41,7 +41,9 @@ B2               bn-ln-sgd-short       2000  --enc-norm bn --mlp-norm ln
 B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --loss moco
 B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
-X1               gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
+X1               gnws-none-lars-warm   6000  --enc-norm gn+ws --mlp-norm none --opt lars --warmup 0.68 --lr 0.2
+scan             scan-bn-none-sgd-long 12000  --enc-norm bn --mlp-norm none
+scan             gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
 scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02
 scan             scan-sgd-short        6000  $NO_BATCH --warmup 0.03

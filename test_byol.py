@@ -1193,6 +1193,8 @@ DISTANCES = {  # at steps 1 to 100
     "recovered": [0.5] * 2 + [1e-6] * 58 + [0.1] * 40,
     "recovered early": [0.5] * 2 + [1e-6] * 8 + [0.1] * 90,
     "relapsed": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
+    "recovered slowly": [0.5] * 2 + [1e-6] * 28 + [2e-3] * 30 + [0.1] * 40,
+    "stirred": [0.5] * 2 + [1e-6] * 28 + [2e-3] * 70,
 }
 BOTH_DECAYS = "gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-3"
 EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: its distances, its accuracy (random: 20), its layers
@@ -1224,7 +1226,7 @@ EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: it
     "B3": ([("bn-none-moco", "healthy", 30)], [("bn-none-moco", "collapsed", 30)], [("bn-none-moco", "healthy", 20)]),
     "B4": ([("bn-bn.none-sgd", "healthy", 30), ("bn-none.bn-sgd", "healthy", 30)], [("bn-bn.none-sgd", "healthy", 30), ("bn-none.bn-sgd", "collapsed", 30)]),
     "B5": ([("gn-none-sgd", "collapsed", 30)], [("gn-none-sgd", "healthy", 30)]),
-    "X1": ([("gnws-none-lars", "healthy", 38), ("bn-bn-sgd", "healthy", 40)], [("gnws-none-lars", "healthy", 30), ("bn-bn-sgd", "healthy", 40)]),
+    "X1": ([("gnws-none-lars-warm", "healthy", 38), ("bn-bn-sgd", "healthy", 40)], [("gnws-none-lars-warm", "healthy", 30), ("bn-bn-sgd", "healthy", 40)]),
 }
 
 
@@ -1243,7 +1245,7 @@ def write_run(folder, name, seed, distances, accuracy, layers=""):
         values = dict(grad_norm=1.0, lars_rate=0.01, max_over_rms=5.0, weight_norm=1.0)
         if layers != "flat":            # as the appendix has it: vanishing gradients, exploding rates, a few large weights
             values |= dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=10.0 if distance < 0.01 else 5.0)
-        lines.append(dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance, images_per_s=64.0,
+        lines.append(dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance, pos_cos=1 - distance / 2, images_per_s=64.0,
                           layers=dict.fromkeys(("layer1", "layer4", "projection"), values)))
     lines.append(dict(step=len(distances), accuracy=accuracy, state=""))
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -1288,6 +1290,14 @@ def test_report_shows_every_figure_and_note(tmp_path):
     figures = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert figures == {"summary", "map-sgd", "map-lars", *report.FIGURES, *report.WHY} and all(f"{name}.png" in text for name in figures)
     assert "It reaches 25 +- 7.1 %." in text and text.count("not run") == 1 and "\n## C4\n\nLater: not run.\n" in text
+
+
+def test_the_early_sign_can_fail(tmp_path):
+    runs = [("gn-none-lars", "recovered slowly", 30), ("gn-none-lars-0.1", "recovered", 30), ("gn-none-sgd", "collapsed", 20),
+            ("gn-none-sgd-early", "stirred", 20), ("gn-bn-sgd", "healthy", 40)]
+    text = report.early_sign(write_sweep(tmp_path, runs))
+    assert "Of 4 runs that fell under 0.01, 2 came back" in text and "in 1 of these" in text and "(30 steps earlier" in text
+    assert text.endswith("Of the 2 others, it never was in 1.")
 
 
 def test_run_all_runs_what_the_report_needs():

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from byol import COLLAPSED, RECOVERED, collapse_state
 
 USEFUL = 5          # points above random features of the same encoder that make a representation useful
+COMMON = 0.3        # share of the variation common to both views that announces a recovery
 RANDOM = {"bn": "random-bn", "gn": "random-gn", "gn+ws": "random-gnws"}
 
 
@@ -37,6 +38,8 @@ class Run:
         self.finished = self.flags["steps"] in self.accuracies
         logged = [0, *self.steps]
         self.seconds = sum((b - a) * self.flags["batch_size"] / self.steps[b]["images_per_s"] for a, b in zip(logged, logged[1:]))
+        for line in self.steps.values():        # pos_cos is logged to 1e-6, so of a smaller variation it says nothing
+            line["common"] = 1 - (1 - line["pos_cos"]) / line["rep_dist"] if line["rep_dist"] > 1e-5 else float("nan")
         self.states, state = {}, "untrained"
         for step, line in self.steps.items():
             self.states[step] = state = collapse_state(state, line["rep_dist"])
@@ -77,6 +80,15 @@ class Run:
         low = [step for step, line in self.steps.items() if line["rep_dist"] <= RECOVERED]
         later = [step for step in self.steps if not low or step > low[-1]]
         return later[0] if later else float("inf")
+
+    def fallen_then(self, name, bound):
+        """The first step at which a metric is over a bound, after the distance's first fall under RECOVERED; or None."""
+        fallen = next((step for step, line in self.steps.items() if line["rep_dist"] < RECOVERED), float("inf"))
+        return next((step for step, line in self.steps.items() if step > fallen and line[name] > bound), None)
+
+    @property
+    def announced_at(self):
+        return self.fallen_then("common", COMMON)
 
     def at_lowest(self, name, layer):
         """A layer's metric where the distance is smallest, over its value at step 1."""
@@ -169,8 +181,8 @@ CLAIMS = {  # id: (wording, runs it needs beside random features, rule for the r
            lambda r: r["bn-bn.none-sgd"].state == r["bn-none.bn-sgd"].state == "healthy", ""),
     "B5": ("in a collapsed run the projections of different images are almost identical", ["gn-none-sgd"],
            lambda r: r["gn-none-sgd"].final("neg_cos") > 0.999 and r["gn-none-sgd"].final("loss") < 0.01, ""),
-    "X1": ("GN and weight standardization, LARS: learns about as well as BN", ["gnws-none-lars", "bn-bn-sgd"],
-           lambda r: r["gnws-none-lars"].accuracy > r["bn-bn-sgd"].accuracy - USEFUL, ""),
+    "X1": ("GN and weight standardization, LARS: learns about as well as BN", ["gnws-none-lars-warm", "bn-bn-sgd"],
+           lambda r: r["gnws-none-lars-warm"].accuracy > r["bn-bn-sgd"].accuracy - USEFUL, ""),
 }
 
 
@@ -226,6 +238,8 @@ FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
     "mlps-loss": ("LARS on the MLPs only", ["gn-none-lars-mlps"], "loss", None),
     "warm-up": ("Warm-up of 0 or 4,100 steps", ["gn-none-sgd", "scan-sgd-warm", "gn-none-lars", "scan-lars-0.2-warm"],
                 "rep_dist", None),
+    "common": ("Share of the variation of z that is common to both views", ["gn-none-lars", "gn-none-lars-0.1", "scan-sgd-warm",
+                                                                            "gn-none-sgd", "gn-none-lars-mlps"], "common", None),
     "rates-rate": ("LARS: rate of layer1", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "lars_rate", "layer1"),
     "rates-distance": ("LARS", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "rep_dist", None),
 }
@@ -234,7 +248,7 @@ FIGURE_OF = {"C1": "accuracy-bn", "C2": "accuracy-bn", "C3": "accuracy-bn", "C4"
              "D4": "decay-weights", "D5": "standardized-distance", "D6": "early-rate", "D7": "early-distance",
              "D8": "early-distance", "D9": "mlps-loss", "D10": "rates-rate"}
 LABELS = {"accuracy": "linear accuracy in %", "rep_dist": "representation distance", "loss": "training loss",
-          "lars_rate": "local LARS rate", "grad_norm": "gradient norm", "weight_norm": "weight norm", "max_over_rms": "largest weight / rms"}
+          "common": "share common to both views", "lars_rate": "local LARS rate", "grad_norm": "gradient norm", "weight_norm": "weight norm", "max_over_rms": "largest weight / rms"}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito: colour-blind safe
 WHY = {  # file: (title, run): every layer around the moment of collapse and of recovery
     "layers-sgd": ("SGD, no batch statistics", "gn-none-sgd"),
@@ -262,7 +276,7 @@ def draw_curves(title, names, metric, layer, sweep):
     for name, colour in zip(names, COLOURS):
         if runs := seeds_of(name, sweep):
             curves(axes, runs, colour, name, metric, layer)
-    if metric != "accuracy":
+    if metric not in ("accuracy", "common"):
         axes.set_yscale("log")
     if metric == "rep_dist":
         axes.set_ylim(bottom=axes.get_ylim()[0])
@@ -378,6 +392,7 @@ FACTS = {  # what {{run fact}} in notes.md stands for
     "collapsed": lambda runs: shown(run.collapsed_at for run in runs),
     "recovered": lambda runs: shown(run.recovered_at for run in runs),
     "separated": lambda runs: shown(run.separated_from for run in runs),
+    "announced": lambda runs: shown(run.announced_at for run in runs),
     "peak": lambda runs: shown(rate_peak(run) for run in runs),
 }
 
@@ -424,6 +439,19 @@ def table(sweep, figures):
                f"| {shown(run.collapsed_at for run in trained)} | {shown(run.recovered_at for run in trained)} | `{command}` |")
 
 
+def early_sign(sweep):
+    """In words, how well the share common to both views announces that a fallen run comes back."""
+    fallen = [run for runs in sweep.values() for run in runs.values() if run.steps and run.lowest < RECOVERED]
+    back = {run: step for run in fallen if (step := run.fallen_then("rep_dist", RECOVERED))}
+    ahead = [step - run.announced_at for run, step in back.items() if run.announced_at and run.announced_at < step]
+    silent = [run for run in fallen if run not in back and not run.announced_at]
+    return (f"Where two views of an image differ from each other as much as two images do, the variation that is left is noise. The share that "
+            f"both views have in common, 1 - (1 - `pos_cos`) / `rep_dist`, rises before the distance does. Of {len(fallen)} runs that fell under "
+            f"{RECOVERED:g}, {len(back)} came back over it; in {len(ahead)} of these the share was over {COMMON} at an earlier line of the log"
+            + (f" ({statistics.median(ahead):,.0f} steps earlier in the median)" if ahead else "")
+            + f". Of the {len(fallen) - len(back)} others, it never was in {len(silent)}.")
+
+
 def main(folder):
     sweep = load(folder)
     if not sweep:
@@ -450,6 +478,8 @@ def main(folder):
         written.pop("Set-up", ""), "",
         "## Verdicts", "",
         *table(sweep, figures), "",
+        "## An early sign", "",
+        early_sign(sweep), "",
         *(f"## {heading}\n\n{text}\n" for heading, text in written.items()),
         "## Figures", "",
         *(f"![{name}](figures/{name}.png)\n" for name in figures),
