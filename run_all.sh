@@ -13,6 +13,7 @@
 
 NO_BATCH="--enc-norm gn --mlp-norm none"    # no batch statistics anywhere
 LARS="--opt lars --warmup 0"                # as in the blog's code: results/notes.md
+SLOW="--warmup 0.1"                         # where weight decay decides: results/notes.md
 BATCH="--batch-size 32"                     # of every run: results/notes.md says why
 
 # claims         name                 steps  flags
@@ -21,18 +22,18 @@ random           random-bn                0  --enc-norm bn
 random           random-gn                0  --enc-norm gn
 random           random-gnws              0  --enc-norm gn+ws
 C3,X1            bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
-C1,C2,C3         bn-none-sgd           6000  --enc-norm bn --mlp-norm none
+C1,C2,C3         bn-none-sgd-slow      6000  --enc-norm bn --mlp-norm none --warmup 0.03
 C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none $LARS --lr 0.2
 C4,B5            gn-none-sgd           6000  $NO_BATCH
 C5,C6            gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
 C6,D7            gn-none-lars          6000  $NO_BATCH $LARS --lr 0.2
 C7,D10           gn-none-lars-0.1      6000  $NO_BATCH $LARS --lr 0.1
 D10              gn-none-lars-0.5      6000  $NO_BATCH $LARS --lr 0.5
-D1,D4            gn-none-sgd-wd1e-5   12000  $NO_BATCH --weight-decay 1e-5
-D2               gn-none-sgd-wd1e-4   12000  $NO_BATCH --weight-decay 1e-4
-D3               gn-none-sgd-wd1e-6   12000  $NO_BATCH --weight-decay 1e-6
-D3               gn-none-sgd-wd1e-3   12000  $NO_BATCH --weight-decay 1e-3
-D5               gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
+D1,D4            gn-none-sgd-wd1e-4    6000  $NO_BATCH $SLOW --weight-decay 1e-4
+D2               gn-none-sgd-wd3e-4    6000  $NO_BATCH $SLOW --weight-decay 3e-4
+D3               gn-none-sgd-wd1e-5    6000  $NO_BATCH $SLOW --weight-decay 1e-5
+D3               gn-none-sgd-wd1e-3    6000  $NO_BATCH $SLOW --weight-decay 1e-3
+D5               gnws-none-sgd-slow    6000  --enc-norm gn+ws --mlp-norm none $SLOW
 D7,D6            gn-none-lars-early    6000  $NO_BATCH $LARS --lr 0.2 --lars-layers encoder.layer[12]
 D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[12]=10
 D9,D7            gn-none-lars-mlps     6000  $NO_BATCH $LARS --lr 0.2 --lars-layers projection|prediction
@@ -42,7 +43,8 @@ B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --los
 B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
 X1               gnws-none-lars-warm   6000  --enc-norm gn+ws --mlp-norm none --opt lars --warmup 0.68 --lr 0.2
-scan             scan-bn-none-sgd-long 12000  --enc-norm bn --mlp-norm none
+scan             bn-none-sgd          12000  --enc-norm bn --mlp-norm none
+scan             gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
 scan             gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
 scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02

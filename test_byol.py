@@ -1196,23 +1196,23 @@ DISTANCES = {  # at steps 1 to 100
     "recovered slowly": [0.5] * 2 + [1e-6] * 28 + [2e-3] * 30 + [0.1] * 40,
     "stirred": [0.5] * 2 + [1e-6] * 28 + [2e-3] * 70,
 }
-BOTH_DECAYS = "gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-3"
+BOTH_DECAYS = "gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-3"
 EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: its distances, its accuracy (random: 20), its layers
-    "C1": ([("bn-none-sgd", "recovered", 40)], [("bn-none-sgd", "collapsed", 40)], [("bn-none-sgd", "recovered", 21)]),
-    "C2": ([("bn-none-lars", "healthy", 40), ("bn-none-sgd", "recovered", 30)], [("bn-none-lars", "healthy", 30), ("bn-none-sgd", "recovered", 40)],
-           [("bn-none-lars", "recovered", 40), ("bn-none-sgd", "recovered", 30)]),
-    "C3": ([("bn-bn-sgd", "healthy", 40), ("bn-none-sgd", "recovered", 30)], [("bn-bn-sgd", "recovered", 40), ("bn-none-sgd", "recovered", 30)],
-           [("bn-bn-sgd", "healthy", 30), ("bn-none-sgd", "recovered", 40)]),
+    "C1": ([("bn-none-sgd-slow", "recovered", 40)], [("bn-none-sgd-slow", "collapsed", 40)], [("bn-none-sgd-slow", "recovered", 21)]),
+    "C2": ([("bn-none-lars", "healthy", 40), ("bn-none-sgd-slow", "recovered", 30)], [("bn-none-lars", "healthy", 30), ("bn-none-sgd-slow", "recovered", 40)],
+           [("bn-none-lars", "recovered", 40), ("bn-none-sgd-slow", "recovered", 30)]),
+    "C3": ([("bn-bn-sgd", "healthy", 40), ("bn-none-sgd-slow", "recovered", 30)], [("bn-bn-sgd", "recovered", 40), ("bn-none-sgd-slow", "recovered", 30)],
+           [("bn-bn-sgd", "healthy", 30), ("bn-none-sgd-slow", "recovered", 40)]),
     "C4": ([("gn-none-sgd", "collapsed", 20)], [("gn-none-sgd", "collapsed late", 20)], [("gn-none-sgd", "recovered", 20)], [("gn-none-sgd", "healthy", 20)]),
     "C5": ([("gn-bn-sgd", "healthy", 40)], [("gn-bn-sgd", "recovered", 40)], [("gn-bn-sgd", "healthy", 22)]),
     "C6": ([("gn-none-lars", "recovered", 30), ("gn-bn-sgd", "healthy", 40)], [("gn-none-lars", "collapsed", 30), ("gn-bn-sgd", "healthy", 40)],
            [("gn-none-lars", "recovered", 50), ("gn-bn-sgd", "healthy", 40)], [("gn-none-lars", "healthy", 30), ("gn-bn-sgd", "healthy", 40)]),
     "C7": ([("gn-none-lars-0.1", "collapsed", 20)], [("gn-none-lars-0.1", "collapsed", 30)], [("gn-none-lars-0.1", "recovered", 20)]),
-    "D1": ([("gn-none-sgd-wd1e-5", "recovered", 30)], [("gn-none-sgd-wd1e-5", "collapsed", 30)], [("gn-none-sgd-wd1e-5", "healthy", 30)]),
-    "D2": ([("gn-none-sgd-wd1e-4", "relapsed", 30)], [("gn-none-sgd-wd1e-4", "collapsed", 30)]),
+    "D1": ([("gn-none-sgd-wd1e-4", "recovered", 30)], [("gn-none-sgd-wd1e-4", "collapsed", 30)], [("gn-none-sgd-wd1e-4", "healthy", 30)]),
+    "D2": ([("gn-none-sgd-wd3e-4", "relapsed", 30)], [("gn-none-sgd-wd3e-4", "collapsed", 30)]),
     "D3": ([(name, "collapsed", 20) for name in BOTH_DECAYS], [(name, "recovered", 20) for name in BOTH_DECAYS]),
-    "D4": ([("gn-none-sgd-wd1e-5", "recovered", 30)], [("gn-none-sgd-wd1e-5", "recovered", 30, "flat")], [("gn-none-sgd-wd1e-5", "collapsed", 30)]),
-    "D5": ([("gnws-none-sgd", "relapsed", 30)], [("gnws-none-sgd", "recovered", 30)]),
+    "D4": ([("gn-none-sgd-wd1e-4", "recovered", 30)], [("gn-none-sgd-wd1e-4", "recovered", 30, "flat")], [("gn-none-sgd-wd1e-4", "collapsed", 30)]),
+    "D5": ([("gnws-none-sgd-slow", "relapsed", 30)], [("gnws-none-sgd-slow", "recovered", 30)]),
     "D6": ([("gn-none-lars-early", "recovered", 30)], [("gn-none-lars-early", "recovered", 30, "flat")]),
     "D7": ([("gn-none-lars-early", "recovered early", 30), ("gn-none-lars", "recovered", 30), ("gn-none-lars-mlps", "relapsed", 30)],
            [("gn-none-lars-early", "recovered", 30), ("gn-none-lars", "recovered early", 30), ("gn-none-lars-mlps", "relapsed", 30)]),
@@ -1246,7 +1246,7 @@ def write_run(folder, name, seed, distances, accuracy, layers=""):
         if layers != "flat":            # as the appendix has it: vanishing gradients, exploding rates, a few large weights
             values |= dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=10.0 if distance < 0.01 else 5.0)
         lines.append(dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance, pos_cos=1 - distance / 2, images_per_s=64.0,
-                          layers=dict.fromkeys(("layer1", "layer4", "projection"), values)))
+                          layers=dict.fromkeys(("layer1", "projection", "prediction"), values)))
     lines.append(dict(step=len(distances), accuracy=accuracy, state=""))
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

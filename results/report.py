@@ -114,12 +114,16 @@ def loss_rises(run):
 
 
 def large_weights_come_down(run):
-    """Whether the largest weight, over its tensor's rms, grows into the collapse and is smaller again at the recovery."""
+    """Whether in some layer the largest weight, over its tensor's rms, grows into the collapse and is smaller again at the
+    recovery."""
     if run.collapsed_at is None or run.recovered_at is None:
         return False
-    largest = {s: max(layer["max_over_rms"] for layer in line["layers"].values()) for s, line in run.steps.items()}
-    peak = max(value for step, value in largest.items() if step <= run.recovered_at)
-    return peak > 1.2 * largest[1] and largest[run.recovered_at] < 0.9 * peak
+    for layer in run.steps[1]["layers"]:
+        ratios = dict(zip(*run.series("max_over_rms", layer)))
+        peak = max(ratio for step, ratio in ratios.items() if step <= run.recovered_at)
+        if peak > 1.2 * ratios[1] and ratios[run.recovered_at] < 0.9 * peak:
+            return True
+    return False
 
 
 def rate_peak(run):
@@ -129,12 +133,12 @@ def rate_peak(run):
 
 CLAIMS = {  # id: (wording, runs it needs beside random features, rule for the runs of one seed, what the original reports)
     "C1": ("BN encoder, no MLP norm, SGD: collapses, then leaves the collapse; loss rises, encodings become useful",
-           ["bn-none-sgd"], lambda r: late_recovery(r["bn-none-sgd"]) and loss_rises(r["bn-none-sgd"])
-           and gain(r, "bn-none-sgd") >= USEFUL, ""),
-    "C2": ("the same with LARS 0.2: no collapse, better than with SGD", ["bn-none-lars", "bn-none-sgd"],
-           lambda r: r["bn-none-lars"].state == "healthy" and r["bn-none-lars"].accuracy > r["bn-none-sgd"].accuracy, ""),
-    "C3": ("BN everywhere, SGD: never collapses, better than without MLP norm", ["bn-bn-sgd", "bn-none-sgd"],
-           lambda r: r["bn-bn-sgd"].state == "healthy" and r["bn-bn-sgd"].accuracy > r["bn-none-sgd"].accuracy, ""),
+           ["bn-none-sgd-slow"], lambda r: late_recovery(r["bn-none-sgd-slow"]) and loss_rises(r["bn-none-sgd-slow"])
+           and gain(r, "bn-none-sgd-slow") >= USEFUL, ""),
+    "C2": ("the same with LARS 0.2: no collapse, better than with SGD", ["bn-none-lars", "bn-none-sgd-slow"],
+           lambda r: r["bn-none-lars"].state == "healthy" and r["bn-none-lars"].accuracy > r["bn-none-sgd-slow"].accuracy, ""),
+    "C3": ("BN everywhere, SGD: never collapses, better than without MLP norm", ["bn-bn-sgd", "bn-none-sgd-slow"],
+           lambda r: r["bn-bn-sgd"].state == "healthy" and r["bn-bn-sgd"].accuracy > r["bn-none-sgd-slow"].accuracy, ""),
     "C4": ("no batch statistics, SGD: collapses almost at once and never recovers", ["gn-none-sgd"],
            lambda r: r["gn-none-sgd"].collapsed_at is not None and r["gn-none-sgd"].state == "collapsed"
            and r["gn-none-sgd"].collapsed_at <= r["gn-none-sgd"].flags["steps"] / 20, ""),
@@ -145,17 +149,17 @@ CLAIMS = {  # id: (wording, runs it needs beside random features, rule for the r
            and r["gn-none-lars"].accuracy < r["gn-bn-sgd"].accuracy, ""),
     "C7": ("no batch statistics, LARS 0.1: collapses and learns nothing", ["gn-none-lars-0.1"],
            lambda r: r["gn-none-lars-0.1"].state == "collapsed" and gain(r, "gn-none-lars-0.1") < USEFUL, ""),
-    "D1": ("SGD, weight decay 1e-5: leaves the collapse late, loss rising", ["gn-none-sgd-wd1e-5"],
-           lambda r: late_recovery(r["gn-none-sgd-wd1e-5"]) and loss_rises(r["gn-none-sgd-wd1e-5"]), "56 %"),
-    "D2": ("SGD, weight decay 1e-4: occasional recovery", ["gn-none-sgd-wd1e-4"],
-           lambda r: r["gn-none-sgd-wd1e-4"].recovered_at is not None, ""),
-    "D3": ("SGD, weight decay below and above those: no recovery", ["gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-3"],
+    "D1": ("SGD, a small weight decay (1e-5; here 1e-4): leaves the collapse late, loss rising", ["gn-none-sgd-wd1e-4"],
+           lambda r: late_recovery(r["gn-none-sgd-wd1e-4"]) and loss_rises(r["gn-none-sgd-wd1e-4"]), "56 %"),
+    "D2": ("SGD, a larger one (1e-4; here 3e-4): occasional recovery", ["gn-none-sgd-wd3e-4"],
+           lambda r: r["gn-none-sgd-wd3e-4"].recovered_at is not None, ""),
+    "D3": ("SGD, weight decay below and above those (here 1e-5 and 1e-3): no recovery", ["gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-3"],
            lambda r: all(r[name].collapsed_at is not None and r[name].recovered_at is None
-                         for name in ("gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-3")), ""),
+                         for name in ("gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-3")), ""),
     "D4": ("mechanism of D1: the collapsed network holds a few large weights, and decay brings them down",
-           ["gn-none-sgd-wd1e-5"], lambda r: large_weights_come_down(r["gn-none-sgd-wd1e-5"]), ""),
-    "D5": ("GN and weight standardization, SGD: collapses and recovers, repeatedly", ["gnws-none-sgd"],
-           lambda r: r["gnws-none-sgd"].recovered_at is not None and len(r["gnws-none-sgd"].entries("collapsed")) > 1, "51 %"),
+           ["gn-none-sgd-wd1e-4"], lambda r: large_weights_come_down(r["gn-none-sgd-wd1e-4"]), ""),
+    "D5": ("GN and weight standardization, SGD: collapses and recovers, repeatedly", ["gnws-none-sgd-slow"],
+           lambda r: r["gnws-none-sgd-slow"].recovered_at is not None and len(r["gnws-none-sgd-slow"].entries("collapsed")) > 1, "51 %"),
     "D6": ("as the network collapses, the gradient of layer1 vanishes and its LARS rate explodes", ["gn-none-lars-early"],
            lambda r: r["gn-none-lars-early"].at_lowest("grad_norm", "layer1") < 0.1
            and r["gn-none-lars-early"].at_lowest("lars_rate", "layer1") > 10, ""),
@@ -222,14 +226,15 @@ def load(folder):
 
 
 FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
-    "accuracy-bn": ("BN encoder", ["bn-bn-sgd", "bn-none-sgd", "bn-none-lars"], "accuracy", None),
+    "accuracy-bn": ("BN encoder", ["bn-bn-sgd", "bn-none-sgd-slow", "bn-none-lars"], "accuracy", None),
     "accuracy-gn": ("GN encoder", ["gn-bn-sgd", "gn-none-sgd", "gn-none-lars", "gn-none-lars-0.1"], "accuracy", None),
-    "decay-distance": ("SGD, weight decay", ["gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-4",
+    "decay-distance": ("SGD, weight decay", ["gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-4", "gn-none-sgd-wd3e-4",
                                              "gn-none-sgd-wd1e-3"], "rep_dist", None),
-    "decay-loss": ("SGD, weight decay", ["gn-none-sgd-wd1e-5"], "loss", None),
-    "decay-weights": ("largest weight over rms, layer4", ["gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-4"], "max_over_rms", "layer4"),
-    "standardized-distance": ("GN with weight standardization, SGD", ["gnws-none-sgd"], "rep_dist", None),
-    "standardized-loss": ("GN with weight standardization, SGD", ["gnws-none-sgd"], "loss", None),
+    "decay-loss": ("SGD, weight decay", ["gn-none-sgd-wd1e-4"], "loss", None),
+    "decay-weights": ("largest weight over rms, prediction", ["gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-4", "gn-none-sgd-wd3e-4"],
+                      "max_over_rms", "prediction"),
+    "standardized-distance": ("GN with weight standardization, SGD", ["gnws-none-sgd-slow"], "rep_dist", None),
+    "standardized-loss": ("GN with weight standardization, SGD", ["gnws-none-sgd-slow"], "loss", None),
     "early-rate": ("LARS on layer1 and layer2 only: rate of layer1", ["gn-none-lars-early"], "lars_rate", "layer1"),
     "early-gradient": ("gradient of layer1", ["gn-none-lars-early", "gn-none-sgd-early"], "grad_norm", "layer1"),
     "early-distance": ("LARS, or a higher rate, on layer1 and layer2", ["gn-none-lars-early", "gn-none-sgd-early"],
@@ -252,7 +257,7 @@ LABELS = {"accuracy": "linear accuracy in %", "rep_dist": "representation distan
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito: colour-blind safe
 WHY = {  # file: (title, run): every layer around the moment of collapse and of recovery
     "layers-sgd": ("SGD, no batch statistics", "gn-none-sgd"),
-    "layers-decay": ("SGD with weight decay, no batch statistics", "gn-none-sgd-wd1e-5"),
+    "layers-decay": ("SGD with weight decay, no batch statistics", "gn-none-sgd-wd1e-4"),
     "layers-early": ("LARS on layer1 and layer2 only", "gn-none-lars-early"),
     "layers-0.5": ("LARS 0.5", "gn-none-lars-0.5"),
     "layers-0.1": ("LARS 0.1", "gn-none-lars-0.1"),
