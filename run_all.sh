@@ -46,6 +46,7 @@ X1               gnws-none-lars-warm   6000  --enc-norm gn+ws --mlp-norm none --
 scan             bn-none-sgd          12000  --enc-norm bn --mlp-norm none
 scan             gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
 scan             gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
+scan             scan-gnws-sgd-wd3e-4  6000  --enc-norm gn+ws --mlp-norm none $SLOW --weight-decay 3e-4
 scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
 scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02
 scan             scan-sgd-short        6000  $NO_BATCH --warmup 0.03
@@ -60,7 +61,7 @@ scan             scan-lars-mlps-warm   6000  $NO_BATCH --opt lars --warmup 0.68 
 # The map of rate against weight decay, run when it is named.
 for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
     for lr in 0.01 0.02 0.05 0.1 0.2 0.5 1; do
-        CONFIGURATIONS+="map map-sgd-$lr-$decay 1500 $NO_BATCH --lr $lr --weight-decay $decay"$'\n'
+        CONFIGURATIONS+="map map-sgd-$lr-$decay 3000 $NO_BATCH --warmup 0.2 --lr $lr --weight-decay $decay"$'\n'
     done
     for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
         CONFIGURATIONS+="map map-lars-$lr-$decay 1500 $NO_BATCH $LARS --lr $lr --weight-decay $decay"$'\n'
@@ -120,7 +121,8 @@ for seed in $SEEDS; do
         done
         [ -n "$ids" ] && [ -z "$wanted" ] || continue
         [ "$STEPS" -gt 0 ] && [ "$length" -gt 0 ] && length=$STEPS
-        [ "$length" -lt 2000 ] && lines=10 evaluations=1 || lines=40 evaluations=6
+        lines=40 evaluations=6
+        if [ "$length" -lt 2000 ] || [ "$ids" = map ]; then lines=10 evaluations=1; fi
         names+=("$name-s$seed")
         steps+=("$length")
         # shellcheck disable=SC2086  # $flags and $BATCH are several words
