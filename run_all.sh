@@ -22,7 +22,7 @@ random           random-bn                0  --enc-norm bn
 random           random-gn                0  --enc-norm gn
 random           random-gnws              0  --enc-norm gn+ws
 C3,X1            bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
-C1,C2,C3         bn-none-sgd-slow      6000  --enc-norm bn --mlp-norm none --warmup 0.02
+C1,C2,C3         bn-none-sgd-slow      6000  --enc-norm bn --mlp-norm none --warmup 0.025
 C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none $LARS --lr 0.2
 C4,B5            gn-none-sgd           6000  $NO_BATCH
 C5,C6            gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
@@ -46,6 +46,7 @@ X1               gnws-none-lars-warm   6000  --enc-norm gn+ws --mlp-norm none --
 scan             bn-none-sgd          12000  --enc-norm bn --mlp-norm none
 scan             gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
 scan             gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
+scan             scan-gnws-sgd-warm    6000  --enc-norm gn+ws --mlp-norm none --warmup 0.68
 scan             scan-gnws-sgd-wd3e-4  6000  --enc-norm gn+ws --mlp-norm none $SLOW --weight-decay 3e-4
 scan             scan-lars-0.05        6000  $NO_BATCH $LARS --lr 0.05
 scan             scan-lars-0.02        6000  $NO_BATCH $LARS --lr 0.02
