@@ -243,8 +243,8 @@ FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
     "mlps-loss": ("LARS on the MLPs only", ["gn-none-lars-mlps"], "loss", None),
     "warm-up": ("Warm-up of 0 or 4,100 steps", ["gn-none-sgd", "scan-sgd-warm", "gn-none-lars", "scan-lars-0.2-warm"],
                 "rep_dist", None),
-    "common": ("Share of the variation of z that is common to both views", ["gn-none-lars", "gn-none-lars-0.1", "scan-sgd-warm",
-                                                                            "gn-none-sgd", "gn-none-lars-mlps"], "common", None),
+    "common": ("Share of the variation of z that is common to both views", ["gn-none-lars", "gn-none-lars-0.1", "gn-none-sgd-wd1e-4",
+                                                                            "scan-sgd-warm", "gn-none-lars-mlps"], "common", None),
     "rates-rate": ("LARS: rate of layer1", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "lars_rate", "layer1"),
     "rates-distance": ("LARS", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "rep_dist", None),
 }
@@ -287,7 +287,7 @@ def draw_curves(title, names, metric, layer, sweep):
         axes.set_ylim(bottom=axes.get_ylim()[0])
         axes.axhspan(0, COLLAPSED, color="0.93", zorder=0)
     axes.set(title=title, xlabel="optimizer steps", ylabel=LABELS[metric])
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))         # outside, so on no curve
     return figure
 
 
@@ -419,8 +419,8 @@ def notes(folder, sweep):
 
 def table(sweep, figures):
     """The verdict table, and the table of the runs behind it, as lines of Markdown."""
-    yield "| claim | verdict | seeds | accuracy in % | random features | original | figure |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| claim | verdict | seeds | accuracy in % | random features | original | final distance | collapsed | recovered at step | figure |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for claim, (wording, names, _, original) in CLAIMS.items():
         words, seeds = verdict(claim, sweep)
         runs = [sweep[seed][names[0]] for seed in seeds]
@@ -428,9 +428,9 @@ def table(sweep, figures):
         figure = FIGURE_OF.get(claim)
         link = f"[{figure}](figures/{figure}.png)" if figure in figures else ""
         yield (f"| {claim}: {wording} | {words} | {len(seeds)} | {spread([run.accuracy for run in runs], 4)} "
-               f"| {spread(random, 4)} | {original} | {link} |")
+               f"| {spread(random, 4)} | {original} | {FACTS['distance'](runs)} | {FACTS['collapsed'](runs)} | {FACTS['recovered'](runs)} | {link} |")
     yield ""
-    yield "Accuracies are those of the first run that the claim names. The runs, by name, over their seeds:"
+    yield "Figures are those of the first run that the claim names, over its seeds. All runs, by name, with their commands:"
     yield ""
     yield "| run | claims | seeds | accuracy in % | final representation distance | collapsed at step | recovered at step | command of the first seed |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -438,10 +438,9 @@ def table(sweep, figures):
         runs = seeds_of(name, sweep)
         trained = [run for run in runs if run.steps]
         claims = ", ".join(claim for claim, row in CLAIMS.items() if name in row[1])
-        distances = ", ".join(f"{run.final('rep_dist'):.2g}" for run in trained)
         command = runs[0].command.replace("|", "\\|")           # or it would end the table's cell
-        yield (f"| {name} | {claims} | {', '.join(str(run.flags['seed']) for run in runs)} | {', '.join(f'{run.accuracy:.2f}' for run in runs)} | {distances} "
-               f"| {shown(run.collapsed_at for run in trained)} | {shown(run.recovered_at for run in trained)} | `{command}` |")
+        yield (f"| {name} | {claims} | {', '.join(str(run.flags['seed']) for run in runs)} | {', '.join(f'{run.accuracy:.2f}' for run in runs)} | {FACTS['distance'](trained)} "
+               f"| {FACTS['collapsed'](trained)} | {FACTS['recovered'](trained)} | `{command}` |")
 
 
 def early_sign(sweep):
