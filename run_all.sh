@@ -22,7 +22,8 @@ random           random-bn                0  --enc-norm bn
 random           random-gn                0  --enc-norm gn
 random           random-gnws              0  --enc-norm gn+ws
 C3,X1            bn-bn-sgd             6000  --enc-norm bn --mlp-norm bn
-C1,C2,C3         bn-none-sgd-slow      6000  --enc-norm bn --mlp-norm none --warmup 0.025
+C1               bn-none-sgd-slow     12000  --enc-norm bn --mlp-norm none --warmup 0.0125
+C2,C3            bn-none-sgd           6000  --enc-norm bn --mlp-norm none
 C2               bn-none-lars          6000  --enc-norm bn --mlp-norm none $LARS --lr 0.2
 C4,B5            gn-none-sgd           6000  $NO_BATCH
 C5,C6            gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
@@ -39,11 +40,10 @@ D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[1
 D9,D7            gn-none-lars-mlps     6000  $NO_BATCH $LARS --lr 0.2 --lars-layers projection|prediction
 B1               bn-none-sgd-short     2000  --enc-norm bn --mlp-norm none
 B2               bn-ln-sgd-short       2000  --enc-norm bn --mlp-norm ln
-B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --loss moco
+B3               bn-none-moco          6000  --enc-norm bn --mlp-norm none --loss moco --lr 0.02
 B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred-norm none
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
 X1               gnws-none-lars-warm   6000  --enc-norm gn+ws --mlp-norm none --opt lars --warmup 0.68 --lr 0.2
-scan             bn-none-sgd          12000  --enc-norm bn --mlp-norm none
 scan             gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
 scan             gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 scan             scan-gnws-sgd-warm    6000  --enc-norm gn+ws --mlp-norm none --warmup 0.68

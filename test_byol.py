@@ -1199,10 +1199,10 @@ DISTANCES = {  # at steps 1 to 100
 BOTH_DECAYS = "gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-3"
 EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: its distances, its accuracy (random: 20), its layers
     "C1": ([("bn-none-sgd-slow", "recovered", 40)], [("bn-none-sgd-slow", "collapsed", 40)], [("bn-none-sgd-slow", "recovered", 21)]),
-    "C2": ([("bn-none-lars", "healthy", 40), ("bn-none-sgd-slow", "recovered", 30)], [("bn-none-lars", "healthy", 30), ("bn-none-sgd-slow", "recovered", 40)],
-           [("bn-none-lars", "recovered", 40), ("bn-none-sgd-slow", "recovered", 30)]),
-    "C3": ([("bn-bn-sgd", "healthy", 40), ("bn-none-sgd-slow", "recovered", 30)], [("bn-bn-sgd", "recovered", 40), ("bn-none-sgd-slow", "recovered", 30)],
-           [("bn-bn-sgd", "healthy", 30), ("bn-none-sgd-slow", "recovered", 40)]),
+    "C2": ([("bn-none-lars", "healthy", 40), ("bn-none-sgd", "recovered", 30)], [("bn-none-lars", "healthy", 30), ("bn-none-sgd", "recovered", 40)],
+           [("bn-none-lars", "recovered", 40), ("bn-none-sgd", "recovered", 30)]),
+    "C3": ([("bn-bn-sgd", "healthy", 40), ("bn-none-sgd", "recovered", 30)], [("bn-bn-sgd", "recovered", 40), ("bn-none-sgd", "recovered", 30)],
+           [("bn-bn-sgd", "healthy", 30), ("bn-none-sgd", "recovered", 40)]),
     "C4": ([("gn-none-sgd", "collapsed", 20)], [("gn-none-sgd", "collapsed late", 20)], [("gn-none-sgd", "recovered", 20)], [("gn-none-sgd", "healthy", 20)]),
     "C5": ([("gn-bn-sgd", "healthy", 40)], [("gn-bn-sgd", "recovered", 40)], [("gn-bn-sgd", "healthy", 22)]),
     "C6": ([("gn-none-lars", "recovered", 30), ("gn-bn-sgd", "healthy", 40)], [("gn-none-lars", "collapsed", 30), ("gn-bn-sgd", "healthy", 40)],
