@@ -321,7 +321,7 @@ def draw_map(optimizer, sweep):
             if (found := MAP.fullmatch(name)) and found[1] == optimizer:
                 cells.setdefault((run.flags["weight_decay"], run.flags["lr"]), []).append(run)
     decays, rates = (sorted({key[i] for key in cells}) for i in (0, 1))
-    # rounding leaves some 1e-7 of a constant; the mean over seeds is of the logarithms, as the colours are
+    # under the colours' range all is alike; the mean over seeds is of the logarithms, as the colours are
     distance = [[statistics.geometric_mean(max(run.final("rep_dist"), 1e-8) for run in cells[decay, rate])
                  if (decay, rate) in cells else float("nan") for rate in rates] for decay in decays]
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
