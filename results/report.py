@@ -347,11 +347,11 @@ def draw_summary(sweep):
         runs = seeds_of(name, sweep)
         collapsed = sum(run.state == "collapsed" for run in runs) * 2 > len(runs)
         points = dict(color=COLOURS[1] if collapsed else COLOURS[0], marker="o", linestyle="", alpha=0.7)
-        left.plot([run.final("rep_dist") for run in runs], [place] * len(runs), **points)
+        left.plot([max(run.final("rep_dist"), 3e-8) for run in runs], [place] * len(runs), clip_on=False, **points)
         right.plot([run.accuracy for run in runs], [place] * len(runs), **points)
         random = [run.accuracy for run in seeds_of(RANDOM[runs[0].flags["enc_norm"]], sweep)]
         right.plot(random, [place] * len(random), color="0.5", marker="|", linestyle="", markersize=9)
-    left.set(xscale="log", xlim=(3e-8, 2), xlabel="final representation distance", yticks=range(len(names)), yticklabels=names[::-1])
+    left.set(xscale="log", xlim=(3e-8, 2), xlabel="final representation distance (at the edge: or less)", yticks=range(len(names)), yticklabels=names[::-1])
     left.axvspan(3e-8, COLLAPSED, color="0.93", zorder=0)
     left.text(1e-7, len(names) - 0.4, "collapsed", color="0.4", fontsize=9)
     right.set(xlabel="linear accuracy in % (grey bars: random features)", ylim=(-0.7, len(names)))
