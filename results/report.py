@@ -107,23 +107,19 @@ def late_recovery(run):
 
 
 def loss_rises(run):
-    """Whether the final loss is over ten times the smallest, which comes after the smallest distance: the prediction has
-    to learn the constant first."""
+    """Whether the final loss is over ten times the loss at the smallest distance."""
     _, losses = run.series("loss")
-    return losses[-1] > 10 * min(losses)
+    _, distances = run.series("rep_dist")
+    return losses[-1] > 10 * losses[distances.index(min(distances))]
 
 
 def large_weights_come_down(run):
-    """Whether in some layer the largest weight, over its tensor's rms, grows into the collapse and is smaller again at the
-    recovery."""
+    """Whether the largest weight, over its tensor's rms, grows into the collapse and is smaller again at the recovery."""
     if run.collapsed_at is None or run.recovered_at is None:
         return False
-    for layer in run.steps[1]["layers"]:
-        ratios = dict(zip(*run.series("max_over_rms", layer)))
-        peak = max(ratio for step, ratio in ratios.items() if step <= run.recovered_at)
-        if peak > 1.2 * ratios[1] and ratios[run.recovered_at] < 0.9 * peak:
-            return True
-    return False
+    largest = {s: max(layer["max_over_rms"] for layer in line["layers"].values()) for s, line in run.steps.items()}
+    peak = max(value for step, value in largest.items() if step <= run.recovered_at)
+    return peak > 1.2 * largest[1] and largest[run.recovered_at] < 0.9 * peak
 
 
 def rate_peak(run):
@@ -253,7 +249,8 @@ FIGURE_OF = {"C1": "accuracy-bn", "C2": "accuracy-bn", "C3": "accuracy-bn", "C4"
              "D4": "decay-weights", "D5": "standardized-distance", "D6": "early-rate", "D7": "early-distance",
              "D8": "early-distance", "D9": "mlps-loss", "D10": "rates-rate"}
 LABELS = {"accuracy": "linear accuracy in %", "rep_dist": "representation distance", "loss": "training loss",
-          "common": "share common to both views", "lars_rate": "local LARS rate", "grad_norm": "gradient norm", "weight_norm": "weight norm", "max_over_rms": "largest weight / rms"}
+          "common": "share common to both views", "lars_rate": "local LARS rate",
+          "grad_norm": "gradient norm", "weight_norm": "weight norm", "max_over_rms": "largest weight / rms"}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito: colour-blind safe
 WHY = {  # file: (title, run): every layer around the moment of collapse and of recovery
     "layers-sgd": ("SGD, no batch statistics", "gn-none-sgd"),
@@ -397,7 +394,6 @@ FACTS = {  # what {{run fact}} in notes.md stands for
     "collapsed": lambda runs: shown(run.collapsed_at for run in runs),
     "recovered": lambda runs: shown(run.recovered_at for run in runs),
     "separated": lambda runs: shown(run.separated_from for run in runs),
-    "announced": lambda runs: shown(run.announced_at for run in runs),
     "peak": lambda runs: shown(rate_peak(run) for run in runs),
 }
 
