@@ -34,7 +34,7 @@ D1,D4            gn-none-sgd-wd1e-4    6000  $NO_BATCH $SLOW --weight-decay 1e-4
 D2               gn-none-sgd-wd3e-4    6000  $NO_BATCH $SLOW --weight-decay 3e-4
 D3               gn-none-sgd-wd1e-5    6000  $NO_BATCH $SLOW --weight-decay 1e-5
 D3               gn-none-sgd-wd1e-3    6000  $NO_BATCH $SLOW --weight-decay 1e-3
-D5               gnws-none-sgd-slow    6000  --enc-norm gn+ws --mlp-norm none $SLOW
+D5               gnws-none-sgd-long   24000  --enc-norm gn+ws --mlp-norm none $SLOW
 D7,D6            gn-none-lars-early    6000  $NO_BATCH $LARS --lr 0.2 --lars-layers encoder.layer[12]
 D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[12]=10
 D9,D7            gn-none-lars-mlps     6000  $NO_BATCH $LARS --lr 0.2 --lars-layers projection|prediction
@@ -45,6 +45,8 @@ B4               bn-bn.none-sgd        6000  --enc-norm bn --proj-norm bn --pred
 B4               bn-none.bn-sgd        6000  --enc-norm bn --proj-norm none --pred-norm bn
 X1               gnws-none-lars-warm   6000  --enc-norm gn+ws --mlp-norm none --opt lars --warmup 0.68 --lr 0.2
 scan             gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
+scan             gnws-none-sgd-slow    6000  --enc-norm gn+ws --mlp-norm none $SLOW
+scan             gnws-none-sgd-24000  24000  --enc-norm gn+ws --mlp-norm none --warmup 0.025
 scan             gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 scan             scan-gnws-sgd-warm    6000  --enc-norm gn+ws --mlp-norm none --warmup 0.68
 scan             scan-gnws-sgd-wd3e-4  6000  --enc-norm gn+ws --mlp-norm none $SLOW --weight-decay 3e-4

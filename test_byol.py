@@ -1212,7 +1212,7 @@ EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: it
     "D2": ([("gn-none-sgd-wd3e-4", "relapsed", 30)], [("gn-none-sgd-wd3e-4", "collapsed", 30)]),
     "D3": ([(name, "collapsed", 20) for name in BOTH_DECAYS], [(name, "recovered", 20) for name in BOTH_DECAYS]),
     "D4": ([("gn-none-sgd-wd1e-4", "recovered", 30)], [("gn-none-sgd-wd1e-4", "recovered", 30, "flat")], [("gn-none-sgd-wd1e-4", "collapsed", 30)]),
-    "D5": ([("gnws-none-sgd-slow", "relapsed", 30)], [("gnws-none-sgd-slow", "recovered", 30)]),
+    "D5": ([("gnws-none-sgd-long", "relapsed", 30)], [("gnws-none-sgd-long", "recovered", 30)]),
     "D6": ([("gn-none-lars-early", "recovered", 30)], [("gn-none-lars-early", "recovered", 30, "flat")]),
     "D7": ([("gn-none-lars-early", "recovered early", 30), ("gn-none-lars", "recovered", 30), ("gn-none-lars-mlps", "relapsed", 30)],
            [("gn-none-lars-early", "recovered", 30), ("gn-none-lars", "recovered early", 30), ("gn-none-lars-mlps", "relapsed", 30)]),
