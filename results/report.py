@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["axes.formatter.min_exponent"] = 2          # 6, not 6 x 10^0
 import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 
@@ -342,18 +343,21 @@ def draw_summary(sweep):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.3 * len(names)), sharey=True, layout="constrained")
     for place, name in enumerate(reversed(names)):
         runs = seeds_of(name, sweep)
-        collapsed = sum(run.state == "collapsed" for run in runs) * 2 > len(runs)
-        points = dict(color=COLOURS[1] if collapsed else COLOURS[0], marker="o", linestyle="", alpha=0.7)
-        left.plot([max(run.final("rep_dist"), 3e-8) for run in runs], [place] * len(runs), clip_on=False, **points)
-        right.plot([run.accuracy for run in runs], [place] * len(runs), **points)
+        points = dict(color=[COLOURS[run.state == "collapsed"] for run in runs], alpha=0.7)
+        left.scatter([max(run.final("rep_dist"), 3e-8) for run in runs], [place] * len(runs), clip_on=False, **points)
+        right.scatter([run.accuracy for run in runs], [place] * len(runs), **points)
         random = [run.accuracy for run in seeds_of(RANDOM[runs[0].flags["enc_norm"]], sweep)]
         right.plot(random, [place] * len(random), color="0.5", marker="|", linestyle="", markersize=9)
     left.set(xscale="log", xlim=(3e-8, 2), xlabel="final representation distance (at the edge: or less)", yticks=range(len(names)), yticklabels=names[::-1])
     left.axvspan(3e-8, COLLAPSED, color="0.93", zorder=0)
-    left.text(1e-7, len(names) - 0.4, "collapsed", color="0.4", fontsize=9)
+    left.text(1e-7, len(names) - 0.4, f"under {COLLAPSED:g}", color="0.4", fontsize=9)
+    for colour, label in zip(COLOURS, ("ends healthy or recovered", "ends collapsed")):
+        left.scatter([], [], color=colour, alpha=0.7, label=label)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     right.set(xlabel="linear accuracy in % (grey bars: random features)", ylim=(-0.7, len(names)))
     for axes in (left, right):
         axes.grid(axis="y", color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
     return figure
 
 
