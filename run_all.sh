@@ -4,6 +4,7 @@
 #   bash run_all.sh                                 all of them, on the embedded images
 #   bash run_all.sh C4 D7                           those of some claims
 #   bash run_all.sh map scan                        rate against weight decay, and what explains a verdict; only if named
+#   bash run_all.sh wide -- --device cuda           some at the original's width, view size and batch; only if named
 #   bash run_all.sh --list                          print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results bash run_all.sh C3 C4 -- --width 16
 #
@@ -14,7 +15,8 @@
 NO_BATCH="--enc-norm gn --mlp-norm none"    # no batch statistics anywhere
 LARS="--opt lars --warmup 0"                # as in the blog's code: results/notes.md
 SLOW="--warmup 0.1"                         # where weight decay decides: results/notes.md
-BATCH="--batch-size 32"                     # of every run: results/notes.md says why
+WIDE="--width 64 --stem imagenet --size 96 --batch-size 256"    # the original's
+BATCH="--batch-size 32"                     # of every other run: results/notes.md says why
 
 # claims         name                 steps  flags
 CONFIGURATIONS="
@@ -60,6 +62,14 @@ scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 
 scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
 scan             scan-lars-early-warm  6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers encoder.layer[12]
 scan             scan-lars-mlps-warm   6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers projection|prediction
+wide             wide-random-bn           0  $WIDE --enc-norm bn
+wide             wide-random-gn           0  $WIDE --enc-norm gn
+wide             wide-bn-bn-sgd        4100  $WIDE --enc-norm bn --mlp-norm bn
+wide             wide-bn-none-sgd      4100  $WIDE --enc-norm bn --mlp-norm none
+wide             wide-gn-none-sgd      4100  $WIDE $NO_BATCH
+wide             wide-gn-bn-sgd        4100  $WIDE --enc-norm gn --mlp-norm bn
+wide             wide-gn-none-lars     4100  $WIDE $NO_BATCH $LARS --lr 0.2
+wide             wide-gn-none-lars-0.1 4100  $WIDE $NO_BATCH $LARS --lr 0.1
 "
 # The map of rate against weight decay, run when it is named.
 for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
@@ -118,7 +128,7 @@ commands=()
 for seed in $SEEDS; do
     while read -r ids name length flags; do
         wanted=${claims:+no}
-        case $ids in map | scan) wanted=no ;; esac
+        case $ids in map | scan | wide) wanted=no ;; esac
         for claim in $claims; do
             case ,$ids, in *,"$claim",*) wanted= ;; esac
         done
@@ -128,8 +138,9 @@ for seed in $SEEDS; do
         if [ "$length" -lt 2000 ] || [ "$ids" = map ]; then lines=10 evaluations=1; fi
         names+=("$name-s$seed")
         steps+=("$length")
-        # shellcheck disable=SC2086  # $flags and $BATCH are several words
-        commands+=("$(quoted python byol.py $flags $BATCH --steps "$length" --data "${DATA:-shapes}" --seed "$seed" \
+        case $flags in *--batch-size*) batch= ;; *) batch=$BATCH ;; esac
+        # shellcheck disable=SC2086  # $flags and $batch are several words
+        commands+=("$(quoted python byol.py $flags $batch --steps "$length" --data "${DATA:-shapes}" --seed "$seed" \
             --log-every $((length < lines ? 1 : length / lines)) --eval-every $((length / evaluations)) --threads 1 \
             --out "${OUT:-runs}/$name-s$seed" ${more[@]+"${more[@]}"})")
     done <<<"$CONFIGURATIONS"
