@@ -481,9 +481,11 @@ def draw_views(images, step, args, lap):
     x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
     lap("images")
     some = len(x) if x.is_cuda else 1 + 2**19 // (3 * args.size**2)         # as many as stay in a CPU's cache
-    rng, views = generator(args.seed, VIEWS, step), []
-    for _ in range(2):
-        params, order = draw_view(args.batch_size, x.shape[-1], args.size, rng)
+    rng, threads, views = generator(args.seed, VIEWS, step), torch.get_num_threads(), []
+    torch.set_num_threads(1)        # torch would wake the others for 5,000 numbers, and wait 10 ms where a core is busy
+    drawn = [draw_view(args.batch_size, x.shape[-1], args.size, rng) for _ in range(2)]
+    torch.set_num_threads(threads)
+    for params, order in drawn:
         params = {name: t[share].to(args.device, non_blocking=True).split(some) for name, t in params.items()}
         for i, part in enumerate(x.split(some)):
             views.append(make_view(part, {name: t[i] for name, t in params.items()}, order, args.size))
