@@ -42,6 +42,7 @@ from results import report
 
 HERE = Path(__file__).parent
 TIMING = {"images_per_s"}
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TINY = "--width 4 --size 16 --stem cifar --batch-size 8 --log-every 2".split()
 
 
@@ -872,7 +873,7 @@ def two_processes(*flags):
     assert [status for status, _ in ends] == [0, 0], ends
 
 
-@pytest.mark.parametrize("flags", ["--steps 50", "--loss moco --steps 10", "--loss simclr --lr 0.01 --steps 10"])
+@pytest.mark.parametrize("flags", ["--steps 50", "--loss moco --lr 0.01 --steps 10", "--loss simclr --lr 0.01 --steps 10"])
 def test_two_processes_train_as_one(flags, folder, tmp_path):
     flags = [*TINY, "--data", f"folder:{folder}", *f"--enc-norm gn --mlp-norm none --log-every 1 {flags}".split()]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -909,9 +910,10 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(folder, tmp_path, capsys):
 
 
 def run_all(*arguments, **environment):
+    own = {name: value for name, value in os.environ.items() if name not in ("DATA", "SEEDS", "JOBS", "STEPS", "OUT")}
     return subprocess.Popen(["bash", "run_all.sh", *map(str, arguments)], cwd=HERE, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True,
-                            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment})
+                            env={**own, "PATH": f"{Path(sys.executable).parent}:{own['PATH']}", **environment})
 
 
 def test_run_all_is_clean_shell():
@@ -980,7 +982,7 @@ def test_signal_leaves_a_checkpoint(number, folder, tmp_path):
     assert 0 < checkpoint["step"] < 100000
 
 
-@pytest.mark.parametrize("flags", ["", "--loss simclr --opt lars --enc-norm gn --amp"])
+@pytest.mark.parametrize("flags", ["", "--loss simclr --opt lars --enc-norm gn --amp", pytest.param("--device cuda", marks=GPU)])
 def test_profile(flags, capsys):
     assert byol.main([*TINY, "--profile", *flags.split()]) == 0
     *table, line = capsys.readouterr().out.splitlines()
@@ -1011,10 +1013,41 @@ def test_amp_keeps_loss_and_metrics_in_fp32(shapes):
 
 
 @pytest.mark.parametrize("norms, state", [("--enc-norm bn --mlp-norm bn", "healthy"), ("--enc-norm gn --mlp-norm none", "collapsed")])
-@pytest.mark.parametrize("amp", [[], ["--amp"]])
-def test_verdicts_are_the_same_under_amp(norms, state, amp, folder, tmp_path):
-    flags = [*TINY, *norms.split(), *amp, "--data", f"folder:{folder}", "--steps", "80", "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("how", ["", "--amp", *(pytest.param(f"--device cuda {how}", marks=GPU) for how in ("", "--amp", "--compile"))])
+def test_verdicts_are_the_same(norms, state, how, folder, tmp_path):
+    flags = [*TINY, *norms.split(), *how.split(), "--data", f"folder:{folder}", "--steps", "80", "--out", str(tmp_path / "run")]
     assert byol.main(flags) == 0 and log(tmp_path / "run")[-1]["state"] == state
+
+
+# ---------------------------------------------------------------------------------------------------- a GPU
+
+
+@GPU
+@pytest.mark.parametrize("flags", ["--enc-norm bn", "--enc-norm gn+ws --mlp-norm none --opt lars", "--loss moco --amp", "--loss simclr"])
+def test_steps_wait_for_nothing_on_a_gpu(flags, shapes, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    args = byol.parse_arguments([*TINY, *flags.split(), *"--steps 4 --device cuda".split()])
+    images, parts = shapes.pretrain.cuda(), byol.set_up(args)
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")       # the first step sets things up
+        try:
+            loss, _ = byol.train_step(args, images, *parts, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+@GPU
+def test_a_gpu_collapses_as_the_cpu(tmp_path):
+    """The loss agrees to the precision of TF32 while the distance falls ten thousandfold."""
+    lines = {}
+    for device in ("cpu", "cuda"):
+        flags = "--enc-norm gn --mlp-norm none --width 32 --steps 8 --log-every 1 --eval-every 0 --device"
+        assert byol.main([*flags.split(), device, "--out", str(tmp_path / device)]) == 0
+        lines[device] = log(tmp_path / device)[:5]
+    for cpu, gpu in zip(lines["cpu"], lines["cuda"], strict=True):
+        assert cpu["loss"] == pytest.approx(gpu["loss"], rel=5e-3)
+        assert cpu["rep_dist"] == pytest.approx(gpu["rep_dist"], rel=2e-2)
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -1239,7 +1272,7 @@ def write_run(folder, name, seed, distances, accuracy, layers=""):
     if found := report.MAP.fullmatch(name):
         flags |= dict(lr=float(found[2]), weight_decay=float(found[3]))
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command=f"python byol.py --seed {seed}", versions={},
-                                                     hardware=dict(cpu="CPU", machine="x", threads=1))))
+                                                     hardware=dict(cpu="CPU", gpu=None, machine="x", threads=1))))
     lines = []
     for step, distance in enumerate(distances, 1):
         values = dict(grad_norm=1.0, lars_rate=0.01, max_over_rms=5.0, weight_norm=1.0)
@@ -1290,6 +1323,20 @@ def test_report_shows_every_figure_and_note(tmp_path):
     figures = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert figures == {"summary", "map-sgd", "map-lars", *report.FIGURES, *report.WHY} and all(f"{name}.png" in text for name in figures)
     assert "It reaches 25 +- 7.1 %." in text and text.count("not run") == 1 and "\n## C4\n\nLater: not run.\n" in text
+
+
+def test_report_tells_cut_off_runs_and_counts_them_nowhere(tmp_path):
+    sweep = write_sweep(tmp_path, [("gn-none-sgd", "recovered", 30)], [("gn-none-sgd", "collapsed", 30)])
+    assert report.verdict("C4", sweep) == ("mixed (1 of 2 seeds)", [0, 1])
+    report.main(tmp_path)
+    assert "Cut off" not in (tmp_path / "README.md").read_text()
+    for seed, length in ((0, 20), (1, 10)):
+        log = tmp_path / f"gn-none-sgd-s{seed}" / "metrics.jsonl"
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:length]))
+    assert report.verdict("C4", report.load(tmp_path)) == ("not run", [])
+    report.main(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| gn-none-sgd | 20 | 100 |  |  |" in text and "| gn-none-sgd | 10 | 100 |  |  |" in text and "cut-off.png" in text
 
 
 def test_the_early_sign_can_fail(tmp_path):
