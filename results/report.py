@@ -32,7 +32,8 @@ class Run:
 
     def __init__(self, folder):
         config = json.loads((folder / "config.json").read_text())
-        self.flags, self.command, self.hardware = config["flags"], config["command"], config["hardware"]
+        self.flags, self.hardware = config["flags"], config["hardware"]
+        self.command = config["command"].replace("|", "\\|")        # or it would end a table's cell
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         self.steps = {line["step"]: line for line in lines if "loss" in line}
         self.accuracies = {line["step"]: line["accuracy"] for line in lines if "accuracy" in line}
@@ -50,12 +51,17 @@ class Run:
         """(steps, values) of a metric, or of a layer's."""
         return list(self.steps), [line["layers"][layer][name] if layer else line[name] for line in self.steps.values()]
 
+    @property
+    def device(self):
+        return self.hardware["gpu"] or self.hardware["cpu"] or self.hardware["machine"]
+
     def final(self, name):
         return list(self.steps.values())[-1][name]
 
     @property
     def accuracy(self):
-        return self.accuracies[self.flags["steps"]]
+        """The last linear accuracy."""
+        return self.accuracies[max(self.accuracies)]
 
     def entries(self, state):
         """Steps at which the run enters a state."""
@@ -211,13 +217,13 @@ def seeds_of(name, sweep):
     return [runs[name] for _, runs in sorted(sweep.items()) if name in runs]
 
 
-def load(folder):
-    """{seed: {name: Run}} of the finished runs of a folder."""
+def load(folder, finished=True):
+    """{seed: {name: Run}} of the finished runs of a folder, or of those that were cut off."""
     sweep = {}
     for path in sorted(folder.glob("*-s*/metrics.jsonl")):
         name, seed = re.fullmatch(r"(.+)-s(\d+)", path.parent.name).groups()
         run = Run(path.parent)
-        if run.finished:
+        if run.finished == finished and (finished or run.steps):
             sweep.setdefault(int(seed), {})[name] = run
     return sweep
 
@@ -270,7 +276,8 @@ def curves(axes, runs, colour, label, metric, layer=None):
         steps, values = run.series(metric, layer) if metric != "accuracy" else map(list, zip(*run.accuracies.items()))
         axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.6)
         drawn.append(values)
-    axes.plot(steps, [statistics.fmean(column) for column in zip(*drawn)], color=colour, linewidth=2, label=label)
+    means = [statistics.fmean(column) for column in zip(*drawn)]        # as far as the shortest goes
+    axes.plot(steps[: len(means)], means, color=colour, linewidth=2, label=label)
 
 
 def draw_curves(title, names, metric, layer, sweep):
@@ -361,8 +368,8 @@ def draw_summary(sweep):
     return figure
 
 
-def draw_all(folder, sweep):
-    """Write every figure that the sweep has runs for; returns their names."""
+def draw_all(folder, sweep, cut):
+    """Write every figure that the sweep has runs for, and one of the runs cut off; returns their names."""
     figures = {"summary": functools.partial(draw_summary, sweep)}
     for name, (title, names, metric, layer) in FIGURES.items():
         if any(seeds_of(run, sweep) for run in names):
@@ -373,6 +380,9 @@ def draw_all(folder, sweep):
     for optimizer in ("sgd", "lars"):
         if any(name.startswith(f"map-{optimizer}-") for runs in sweep.values() for name in runs):
             figures[f"map-{optimizer}"] = functools.partial(draw_map, optimizer, sweep)
+    if cut:
+        names = sorted({name for runs in cut.values() for name in runs})
+        figures["cut-off"] = functools.partial(draw_curves, "Runs that were cut off", names, "rep_dist", None, cut)
     for name, make in figures.items():
         figure = make()
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
@@ -402,14 +412,15 @@ FACTS = {  # what {{run fact}} in notes.md stands for
 }
 
 
-def notes(folder, sweep):
+def notes(folder, sweep, cut):
     """{heading: text} of DIR/notes.md, where there is one: what is written by hand, with every figure of a run filled in
-    from its log, over the seeds. A run that is not there reads `not run`."""
+    from its log, over the seeds. A run that never finished is filled in as far as it went, one that is not there reads
+    `not run`."""
     if not (folder / "notes.md").exists():
         return {}
 
     def fact(found):
-        runs = seeds_of(found[1], sweep)
+        runs = seeds_of(found[1], sweep) or seeds_of(found[1], cut)
         return FACTS[found[2]](runs) if runs else "not run"
 
     text = re.sub(r"\{\{(\S+) (\w+)\}\}", fact, (folder / "notes.md").read_text())
@@ -438,9 +449,24 @@ def table(sweep, figures):
         runs = seeds_of(name, sweep)
         trained = [run for run in runs if run.steps]
         claims = ", ".join(claim for claim, row in CLAIMS.items() if name in row[1])
-        command = runs[0].command.replace("|", "\\|")           # or it would end the table's cell
         yield (f"| {name} | {claims} | {', '.join(str(run.flags['seed']) for run in runs)} | {', '.join(f'{run.accuracy:.2f}' for run in runs)} | {FACTS['distance'](trained)} "
-               f"| {FACTS['collapsed'](trained)} | {FACTS['recovered'](trained)} | `{command}` |")
+               f"| {FACTS['collapsed'](trained)} | {FACTS['recovered'](trained)} | `{runs[0].command}` |")
+
+
+def cut_off(cut):
+    """What the logs of unfinished runs say, as lines of Markdown."""
+    if not cut:
+        return
+    yield "## Cut off\n"
+    yield "Runs that did not reach their last step. No verdict counts them.\n"
+    yield "| run | last step | of | accuracy in % | at step | smallest distance | last distance | collapsed | recovered at step | on | command |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for name in sorted({name for runs in cut.values() for name in runs}):
+        for run in seeds_of(name, cut):
+            accuracy = f"{run.accuracy:.2f} | {max(run.accuracies):,}" if run.accuracies else " | "
+            yield (f"| {name} | {max(run.steps):,} | {run.flags['steps']:,} | {accuracy} | {run.lowest:.2g} | {run.final('rep_dist'):.2g} "
+                   f"| {shown([run.collapsed_at])} | {shown([run.recovered_at])} | {run.device} | `{run.command}` |")
+    yield ""
 
 
 def early_sign(sweep):
@@ -461,10 +487,11 @@ def main(folder):
     if not sweep:
         sys.exit(f"report.py: no finished run of run_all.sh (NAME-sSEED/metrics.jsonl) in {folder}")
     (folder / "figures").mkdir(exist_ok=True)
-    figures = draw_all(folder / "figures", sweep)
-    written = notes(folder, sweep)
+    cut = load(folder, finished=False)
+    figures = draw_all(folder / "figures", sweep, cut)
+    written = notes(folder, sweep, cut)
     every = [run for runs in sweep.values() for run in runs.values()]
-    flags, hardware = every[0].flags, {run.hardware["cpu"] or run.hardware["machine"] for run in every}
+    flags, devices = every[0].flags, {run.device for run in every}
     hours = sum(run.seconds for run in every) / 3600
     words = [verdict(claim, sweep)[0].split(" (")[0] for claim in CLAIMS]
     lines = [
@@ -474,7 +501,7 @@ def main(folder):
         f"Small scale: data {flags['data']}, views of {flags['size']} px, ResNet-18 of width {flags['width']} with the "
         f"{flags['stem']} stem, batch {flags['batch_size']}; {len(every)} runs of up to "
         f"{max(run.flags['steps'] for run in every):,} steps, {hours:.1f} hours of training, each run on "
-        f"{every[0].hardware['threads']} thread of {', '.join(sorted(hardware))}.", "",
+        f"{every[0].hardware['threads']} thread of {', '.join(sorted(devices))}.", "",
         f"Collapsed: a representation distance under {COLLAPSED:g}. Recovered: afterwards over {RECOVERED:g}. "
         f"Useful: {USEFUL} points of linear accuracy or more above random features of the same encoder and seed.", "",
         "Verdicts: " + ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words))) + ".", "",
@@ -482,6 +509,7 @@ def main(folder):
         written.pop("Set-up", ""), "",
         "## Verdicts", "",
         *table(sweep, figures), "",
+        *cut_off(cut),
         "## An early sign", "",
         early_sign(sweep), "",
         *(f"## {heading}\n\n{text}\n" for heading, text in written.items()),
