@@ -72,10 +72,12 @@ wide             wide-gn-none-lars     4100  $WIDE $NO_BATCH $LARS --lr 0.2
 wide             wide-gn-none-lars-0.1 4100  $WIDE $NO_BATCH $LARS --lr 0.1
 "
 # The map of rate against weight decay, run when it is named.
-for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
+for decay in 1e-5 3e-5 1e-4 3e-4 1e-3 3e-3; do
     for lr in 0.01 0.02 0.05 0.1 0.2 0.5 1; do
-        CONFIGURATIONS+="map map-sgd-$lr-$decay 3000 $NO_BATCH --warmup 0.2 --lr $lr --weight-decay $decay"$'\n'
+        CONFIGURATIONS+="map map-sgd-$lr-$decay 6000 $NO_BATCH $SLOW --lr $lr --weight-decay $decay"$'\n'
     done
+done
+for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
     for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
         CONFIGURATIONS+="map map-lars-$lr-$decay 1500 $NO_BATCH $LARS --lr $lr --weight-decay $decay"$'\n'
     done
