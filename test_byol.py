@@ -887,7 +887,7 @@ def two_processes(*flags):
     assert [status for status, _ in ends] == [0, 0], ends
 
 
-@pytest.mark.parametrize("flags", ["--steps 50", "--loss moco --lr 0.01 --steps 10", "--loss simclr --lr 0.01 --steps 10"])
+@pytest.mark.parametrize("flags", ["--steps 50", "--loss moco --lr 0.01 --steps 10", "--loss simclr --lr 0.003 --steps 10"])
 def test_two_processes_train_as_one(flags, folder, tmp_path):
     flags = [*TINY, "--data", f"folder:{folder}", *f"--enc-norm gn --mlp-norm none --log-every 1 {flags}".split()]
     one, two = tmp_path / "one", tmp_path / "two"
