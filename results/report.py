@@ -5,6 +5,7 @@ metrics.jsonl, and writes DIR/README.md and DIR/figures. Each claim is a row of 
 the rule that one seed's runs must meet. Same logs, same files, byte for byte.
 """
 
+import collections
 import functools
 import json
 import re
@@ -491,7 +492,7 @@ def main(folder):
     figures = draw_all(folder / "figures", sweep, cut)
     written = notes(folder, sweep, cut)
     every = [run for runs in sweep.values() for run in runs.values()]
-    flags, devices = every[0].flags, {run.device for run in every}
+    flags, devices = every[0].flags, collections.Counter(run.device for run in every)
     hours = sum(run.seconds for run in every) / 3600
     words = [verdict(claim, sweep)[0].split(" (")[0] for claim in CLAIMS]
     lines = [
@@ -501,7 +502,7 @@ def main(folder):
         f"Small scale: data {flags['data']}, views of {flags['size']} px, ResNet-18 of width {flags['width']} with the "
         f"{flags['stem']} stem, batch {flags['batch_size']}; {len(every)} runs of up to "
         f"{max(run.flags['steps'] for run in every):,} steps, {hours:.1f} hours of training, each run on "
-        f"{every[0].hardware['threads']} thread of {', '.join(sorted(devices))}.", "",
+        f"{every[0].hardware['threads']} thread of {', '.join(f'{device} ({n} runs)' for device, n in devices.most_common())}.", "",
         f"Collapsed: a representation distance under {COLLAPSED:g}. Recovered: afterwards over {RECOVERED:g}. "
         f"Useful: {USEFUL} points of linear accuracy or more above random features of the same encoder and seed.", "",
         "Verdicts: " + ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words))) + ".", "",
