@@ -58,6 +58,9 @@ scan             scan-sgd-short        6000  $NO_BATCH --warmup 0.03
 scan             scan-lars-0.2-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.2
 scan             scan-sgd-warm         6000  $NO_BATCH --warmup 0.68
 scan             scan-sgd-warm-wd1e-3  6000  $NO_BATCH --warmup 0.68 --weight-decay 1e-3
+scan             scan-sgd-ema-0.99     6000  $NO_BATCH $SLOW --weight-decay 1e-4 --ema 0.99
+scan             scan-sgd-ema-0.999    6000  $NO_BATCH $SLOW --weight-decay 1e-4 --ema 0.999
+scan             scan-sgd-12000       12000  $NO_BATCH --warmup 0.05 --weight-decay 1e-4
 scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2
 scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
 scan             scan-lars-early-warm  6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers encoder.layer[12]
