@@ -62,6 +62,7 @@ scan             scan-sgd-ema-0.99     6000  $NO_BATCH $SLOW --weight-decay 1e-4
 scan             scan-sgd-ema-0.999    6000  $NO_BATCH $SLOW --weight-decay 1e-4 --ema 0.999
 scan             scan-sgd-12000       12000  $NO_BATCH --warmup 0.05 --weight-decay 1e-4
 scan             scan-sgd-12000-wd0   12000  $NO_BATCH --warmup 0.05 --weight-decay 0
+scan             scan-sgd-12000-wd1e-5 12000 $NO_BATCH --warmup 0.05 --weight-decay 1e-5
 scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2
 scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
 scan             scan-lars-early-warm  6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers encoder.layer[12]
