@@ -247,6 +247,9 @@ FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
     "mlps-loss": ("LARS on the MLPs only", ["gn-none-lars-mlps"], "loss", None),
     "warm-up": ("Warm-up of 0 or 4,100 steps", ["gn-none-sgd", "scan-sgd-warm", "gn-none-lars", "scan-lars-0.2-warm"],
                 "rep_dist", None),
+    "return": ("Warm-up of 600 steps: EMA, length or decay varied",
+               ["gn-none-sgd-wd1e-4", "scan-sgd-ema-0.99", "scan-sgd-ema-0.999", "scan-sgd-12000", "scan-sgd-12000-wd1e-5", "scan-sgd-12000-wd0"],
+               "rep_dist", None),
     "common": ("Share of the variation of z that is common to both views", ["gn-none-lars", "gn-none-lars-0.1", "gn-none-sgd-wd1e-4",
                                                                             "scan-sgd-warm", "gn-none-lars-mlps"], "common", None),
     "rates-rate": ("LARS: rate of layer1", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "lars_rate", "layer1"),
@@ -408,6 +411,7 @@ FACTS = {  # what {{run fact}} in notes.md stands for
     "state": lambda runs: ", ".join(run.state for run in runs),
     "collapsed": lambda runs: shown(run.collapsed_at for run in runs),
     "recovered": lambda runs: shown(run.recovered_at for run in runs),
+    "announced": lambda runs: shown(run.announced_at for run in runs),
     "separated": lambda runs: shown(run.separated_from for run in runs),
     "peak": lambda runs: shown(rate_peak(run) for run in runs),
 }
