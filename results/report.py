@@ -248,7 +248,7 @@ FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
     "warm-up": ("Warm-up of 0 or 4,100 steps", ["gn-none-sgd", "scan-sgd-warm", "gn-none-lars", "scan-lars-0.2-warm"],
                 "rep_dist", None),
     "return": ("Warm-up of 600 steps: EMA, length or decay varied",
-               ["gn-none-sgd-wd1e-4", "scan-sgd-ema-0.99", "scan-sgd-ema-0.999", "scan-sgd-12000", "scan-sgd-12000-wd1e-5", "scan-sgd-12000-wd0"],
+               ["gn-none-sgd-wd1e-4", "scan-sgd-ema-0.99", "scan-sgd-ema-0.999", "scan-sgd-12000", "scan-sgd-12000-wd0"],
                "rep_dist", None),
     "common": ("Share of the variation of z that is common to both views", ["gn-none-lars", "gn-none-lars-0.1", "gn-none-sgd-wd1e-4",
                                                                             "scan-sgd-warm", "gn-none-lars-mlps"], "common", None),
