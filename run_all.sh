@@ -222,7 +222,8 @@ await() {
             progress
             echo
         fi
-        sleep 0.5
+        sleep 0.5 &             # a Ctrl-C during a command in the foreground is lost if that command survives it
+        wait $!
     done
 }
 
