@@ -222,8 +222,7 @@ await() {
             progress
             echo
         fi
-        sleep 0.5 &             # a Ctrl-C during a command in the foreground is lost if that command survives it
-        wait $!
+        sleep 0.5
     done
 }
 
