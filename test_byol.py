@@ -927,6 +927,7 @@ def run_all(*arguments, **environment):
     own = {name: value for name, value in os.environ.items() if name not in ("DATA", "SEEDS", "JOBS", "STEPS", "OUT")}
     return subprocess.Popen(["bash", "run_all.sh", *map(str, arguments)], cwd=HERE, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),    # in the background it comes ignored, and bash could not trap it
                             env={**own, "PATH": f"{Path(sys.executable).parent}:{own['PATH']}", **environment})
 
 
