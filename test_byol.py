@@ -165,7 +165,7 @@ def test_resnet_shapes_and_gradients(norm, width, stem):
 
 @pytest.mark.parametrize("width", [2, 3, 4, 6, 8, 12, 16])
 def test_gradients_in_channels_last(width):
-    """Alike in both memory formats at every width. With strides in their narrow shortcuts 6 and less crashed, or wrote into
+    """Alike in both memory formats at every width. With strides in their narrow shortcuts those under 8 crashed, or wrote into
     other tensors, on a CPU with AVX2, as oneDNN's issue 6035 says of up to 15 channels with AVX-512."""
     net = resnet_norms.resnet18("none", width, "cifar")
     x, grads = torch.randn(16, 3, 64, 64), {}
