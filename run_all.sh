@@ -4,7 +4,7 @@
 #   bash run_all.sh                                 all of them, on the embedded images
 #   bash run_all.sh C4 D7                           those of some claims
 #   bash run_all.sh map scan                        rate against weight decay, and what explains a verdict; only if named
-#   bash run_all.sh wide -- --device cuda           some at the original's width, view size and batch; only if named
+#   bash run_all.sh wide -- --device cuda           some at the original's width and view size; only if named
 #   bash run_all.sh --list                          print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results bash run_all.sh C3 C4 -- --width 16
 #
@@ -15,8 +15,8 @@
 NO_BATCH="--enc-norm gn --mlp-norm none"    # no batch statistics anywhere
 LARS="--opt lars --warmup 0"                # as in the blog's code: results/notes.md
 SLOW="--warmup 0.1"                         # where weight decay decides: results/notes.md
-WIDE="--width 64 --stem imagenet --size 96 --batch-size 256"    # the original's
-BATCH="--batch-size 32"                     # of every other run: results/notes.md says why
+WIDE="--width 64 --stem imagenet --size 96" # the original's
+BATCH="--batch-size 32"                     # where a line names none: results/notes.md says why
 
 # claims         name                 steps  flags
 CONFIGURATIONS="
@@ -67,14 +67,17 @@ scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 
 scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
 scan             scan-lars-early-warm  6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers encoder.layer[12]
 scan             scan-lars-mlps-warm   6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers projection|prediction
-wide             wide-random-bn           0  $WIDE --enc-norm bn
-wide             wide-random-gn           0  $WIDE --enc-norm gn
-wide             wide-bn-bn-sgd        4100  $WIDE --enc-norm bn --mlp-norm bn
-wide             wide-bn-none-sgd      4100  $WIDE --enc-norm bn --mlp-norm none
-wide             wide-gn-none-sgd      4100  $WIDE $NO_BATCH
-wide             wide-gn-bn-sgd        4100  $WIDE --enc-norm gn --mlp-norm bn
-wide             wide-gn-none-lars     4100  $WIDE $NO_BATCH $LARS --lr 0.2
-wide             wide-gn-none-lars-0.1 4100  $WIDE $NO_BATCH $LARS --lr 0.1
+wide             wide-random-bn           0  $WIDE --batch-size 256 --enc-norm bn
+wide             wide-random-gn           0  $WIDE --batch-size 256 --enc-norm gn
+wide             wide-bn-bn-sgd        4100  $WIDE --batch-size 256 --enc-norm bn --mlp-norm bn
+wide             wide-bn-none-sgd      4100  $WIDE --batch-size 256 --enc-norm bn --mlp-norm none
+wide             wide-gn-none-sgd      4100  $WIDE --batch-size 256 $NO_BATCH
+wide             wide-gn-bn-sgd        4100  $WIDE --batch-size 256 --enc-norm gn --mlp-norm bn
+wide             wide-gn-none-lars     4100  $WIDE --batch-size 256 $NO_BATCH $LARS --lr 0.2
+wide             wide-gn-none-lars-0.1 4100  $WIDE --batch-size 256 $NO_BATCH $LARS --lr 0.1
+wide             wide-sgd-12000       12000  $WIDE $NO_BATCH --warmup 0.05 --weight-decay 1e-4
+wide             wide-sgd-24000       24000  $WIDE $NO_BATCH $SLOW --weight-decay 1e-4
+wide             wide-sgd-24000-wd1e-5 24000 $WIDE $NO_BATCH $SLOW --weight-decay 1e-5
 "
 # The map of rate against weight decay, run when it is named.
 for decay in 1e-5 3e-5 1e-4 3e-4 1e-3 3e-3; do

@@ -798,6 +798,8 @@ def wait_for(moment, out):
     "--enc-norm bn --loss moco",
     "--enc-norm gn --mlp-norm none",
     "--enc-norm gn --mlp-norm none --opt lars",
+    pytest.param("--device cuda", marks=GPU),
+    pytest.param("--enc-norm gn --mlp-norm none --opt lars --amp --device cuda", marks=GPU),
 ])
 def test_killed_and_resumed_is_never_killed(flags, folder, tmp_path):
     flags = [*TINY, "--data", f"folder:{folder}", *f"--steps 80 --eval-every 50 --checkpoint-every 7 {flags}".split()]
