@@ -798,8 +798,6 @@ def wait_for(moment, out):
     "--enc-norm bn --loss moco",
     "--enc-norm gn --mlp-norm none",
     "--enc-norm gn --mlp-norm none --opt lars",
-    pytest.param("--device cuda", marks=GPU),
-    pytest.param("--enc-norm gn --mlp-norm none --opt lars --amp --device cuda", marks=GPU),
 ])
 def test_killed_and_resumed_is_never_killed(flags, folder, tmp_path):
     flags = [*TINY, "--data", f"folder:{folder}", *f"--steps 80 --eval-every 50 --checkpoint-every 7 {flags}".split()]
@@ -1052,6 +1050,22 @@ def test_steps_wait_for_nothing_on_a_gpu(flags, shapes, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
+
+
+@GPU
+@pytest.mark.parametrize("flags", ["--enc-norm bn", "--enc-norm gn --mlp-norm none --opt lars --amp", "--enc-norm gn --mlp-norm none --compile"])
+def test_killed_and_resumed_on_a_gpu(flags, folder, tmp_path):
+    # not by Run: once a process has asked for a GPU, what is forked from it cannot use one
+    command = [sys.executable, HERE / "byol.py", *TINY, "--data", f"folder:{folder}", *f"--steps 80 --checkpoint-every 7 --device cuda {flags}".split()]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run([*command, "--out", straight], check=True)
+    with subprocess.Popen([*command, "--out", killed], stdout=subprocess.PIPE, text=True) as run:
+        next(line for line in run.stdout if line.startswith("step 20/"))
+        run.kill()
+    assert (killed / "checkpoint.pt").exists()
+    subprocess.run([*command, "--out", killed], check=True)
+    assert log(straight) == log(killed)
+    assert (straight / "encoder.pt").read_bytes() == (killed / "encoder.pt").read_bytes()
 
 
 @GPU
