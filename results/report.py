@@ -250,6 +250,8 @@ FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
     "return": ("Warm-up of 600 steps: EMA, length or decay varied",
                ["gn-none-sgd-wd1e-4", "scan-sgd-ema-0.99", "scan-sgd-ema-0.999", "scan-sgd-12000", "scan-sgd-12000-wd0"],
                "rep_dist", None),
+    "wide": ("Without batch statistics, at the original's width and view size",
+             ["wide-gn-none-lars", "wide-sgd-24000", "wide-sgd-24000-wd1e-5", "wide-sgd-12000"], "rep_dist", None),
     "common": ("Share of the variation of z that is common to both views", ["gn-none-lars", "gn-none-lars-0.1", "gn-none-sgd-wd1e-4",
                                                                             "scan-sgd-warm", "gn-none-lars-mlps"], "common", None),
     "rates-rate": ("LARS: rate of layer1", ["gn-none-lars-0.5", "gn-none-lars", "gn-none-lars-0.1"], "lars_rate", "layer1"),
