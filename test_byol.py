@@ -389,17 +389,18 @@ def test_blur_is_torchvisions():
 
 
 def test_view_is_the_composition_of_torchvisions():
-    images, params, order = random_view()
-    ours = byol.make_view(images, params, order, 48)
-    for i in range(len(images)):
-        top, left, height, width = (int(v) for v in (*params["start"][i], *params["extent"][i]))
-        x = TF.resized_crop(images[i] / 255, top, left, height, width, [48, 48], antialias=True)
-        x = TF.hflip(x) if params["flip"][i] else x
-        for name in order:
-            x = getattr(TF, f"adjust_{name}")(x, params[name][i].item())
-        x = TF.rgb_to_grayscale(x, 3) if params["gray"][i] else x
-        x = TF.gaussian_blur(x, [7, 7], [params["sigma"][i].item()] * 2) if params["sigma"][i] else x
-        assert (ours[i] - TF.normalize(x, byol.MEAN, byol.STD)).abs().max() < 1e-4
+    images, *drawn = random_view()
+    drawn = [drawn, byol.draw_view(6, 32, 48, torch.Generator().manual_seed(3))]
+    for ours, (params, order) in zip(byol.make_views(images, drawn, 48), drawn, strict=True):
+        for i in range(len(images)):
+            top, left, height, width = (int(v) for v in (*params["start"][i], *params["extent"][i]))
+            x = TF.resized_crop(images[i] / 255, top, left, height, width, [48, 48], antialias=True)
+            x = TF.hflip(x) if params["flip"][i] else x
+            for name in order:
+                x = getattr(TF, f"adjust_{name}")(x, params[name][i].item())
+            x = TF.rgb_to_grayscale(x, 3) if params["gray"][i] else x
+            x = TF.gaussian_blur(x, [7, 7], [params["sigma"][i].item()] * 2) if params["sigma"][i] else x
+            assert (ours[i] - TF.normalize(x, byol.MEAN, byol.STD)).abs().max() < 1e-4
 
 
 def test_drawn_parameters_have_torchvisions_distribution():
@@ -506,15 +507,13 @@ def test_step_equals_the_plain_one(norms, shapes):
         return torch.cat([p.detach().flatten() for p in net.parameters()])
 
     args = byol.parse_arguments(f"{norms} --width 8 --batch-size 32 --steps 20".split())
-    torch.manual_seed(0)
-    online = byol.Network(args)
-    plain = copy.deepcopy(online)
+    online, target, optimizer = byol.set_up(args)
+    plain = copy.deepcopy(online).to(memory_format=torch.contiguous_format)
     for module in plain.modules():
         if isinstance(module, byol.PerView):
             module.__class__ = {joint: single for single, joint in byol.PER_VIEW.items()}[type(module)]
-    target, plain_target = byol.make_target(online, "byol"), byol.make_target(plain, "byol")
-    online.to(memory_format=torch.channels_last), target.to(memory_format=torch.channels_last)
-    optimizer, plain_optimizer = (torch.optim.SGD(lars.param_groups(net, 1e-4), 0.2, momentum=0.9) for net in (online, plain))
+    plain_target = byol.make_target(plain, "byol")
+    plain_optimizer = torch.optim.SGD(lars.param_groups(plain, 1e-4, None), 0.2, momentum=0.9)
     for step in range(20):
         for mine, theirs in ((plain, online), (plain_target, target), (plain_optimizer, optimizer)):
             mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
@@ -528,7 +527,7 @@ def test_step_equals_the_plain_one(norms, shapes):
         plain_optimizer.zero_grad()
         plain_loss.backward()
         for group in plain_optimizer.param_groups:
-            group["lr"] = 0.1 * (1 + math.cos(math.pi * step / 20))
+            group.update(lr=0.1 * (1 + math.cos(math.pi * step / 20)), fused=None)
         plain_optimizer.step()
         tau = 1 - 0.002 * (1 + math.cos(math.pi * step / 20))
         for slow, fast, ours in zip(plain_target.parameters(), plain.parameters(), target.parameters()):
