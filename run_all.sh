@@ -32,10 +32,10 @@ C5,C6            gn-bn-sgd             6000  --enc-norm gn --mlp-norm bn
 C6,D7            gn-none-lars          6000  $NO_BATCH $LARS --lr 0.2
 C7,D10           gn-none-lars-0.1      6000  $NO_BATCH $LARS --lr 0.1
 D10              gn-none-lars-0.5      6000  $NO_BATCH $LARS --lr 0.5
-D1,D4            gn-none-sgd-wd1e-4    6000  $NO_BATCH $SLOW --weight-decay 1e-4
-D2               gn-none-sgd-wd3e-4    6000  $NO_BATCH $SLOW --weight-decay 3e-4
-D3               gn-none-sgd-wd1e-5    6000  $NO_BATCH $SLOW --weight-decay 1e-5
-D3               gn-none-sgd-wd1e-3    6000  $NO_BATCH $SLOW --weight-decay 1e-3
+D1,D4            gn-none-sgd-wd1e-4-long 12000 $NO_BATCH --warmup 0.05 --weight-decay 1e-4
+D2               gn-none-sgd-wd3e-4-long 12000 $NO_BATCH --warmup 0.05 --weight-decay 3e-4
+D3               gn-none-sgd-wd1e-5-long 12000 $NO_BATCH --warmup 0.05 --weight-decay 1e-5
+D3               gn-none-sgd-wd1e-3-long 12000 $NO_BATCH --warmup 0.05 --weight-decay 1e-3
 D5               gnws-none-sgd-long   24000  --enc-norm gn+ws --mlp-norm none $SLOW
 D7,D6            gn-none-lars-early    6000  $NO_BATCH $LARS --lr 0.2 --lars-layers encoder.layer[12]
 D8               gn-none-sgd-early     6000  $NO_BATCH --lr-mult encoder.layer[12]=10
@@ -58,11 +58,13 @@ scan             scan-sgd-short        6000  $NO_BATCH --warmup 0.03
 scan             scan-lars-0.2-short   6000  $NO_BATCH --opt lars --warmup 0.03 --lr 0.2
 scan             scan-sgd-warm         6000  $NO_BATCH --warmup 0.68
 scan             scan-sgd-warm-wd1e-3  6000  $NO_BATCH --warmup 0.68 --weight-decay 1e-3
+scan             gn-none-sgd-wd1e-5    6000  $NO_BATCH $SLOW --weight-decay 1e-5
+scan             gn-none-sgd-wd1e-4    6000  $NO_BATCH $SLOW --weight-decay 1e-4
+scan             gn-none-sgd-wd3e-4    6000  $NO_BATCH $SLOW --weight-decay 3e-4
+scan             gn-none-sgd-wd1e-3    6000  $NO_BATCH $SLOW --weight-decay 1e-3
 scan             scan-sgd-ema-0.99     6000  $NO_BATCH $SLOW --weight-decay 1e-4 --ema 0.99
 scan             scan-sgd-ema-0.999    6000  $NO_BATCH $SLOW --weight-decay 1e-4 --ema 0.999
-scan             scan-sgd-12000       12000  $NO_BATCH --warmup 0.05 --weight-decay 1e-4
 scan             scan-sgd-12000-wd0   12000  $NO_BATCH --warmup 0.05 --weight-decay 0
-scan             scan-sgd-12000-wd1e-5 12000 $NO_BATCH --warmup 0.05 --weight-decay 1e-5
 scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2
 scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
 scan             scan-lars-early-warm  6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2 --lars-layers encoder.layer[12]

@@ -1259,7 +1259,7 @@ DISTANCES = {  # at steps 1 to 100
     "recovered slowly": [0.5] * 2 + [1e-6] * 28 + [2e-3] * 30 + [0.1] * 40,
     "stirred": [0.5] * 2 + [1e-6] * 28 + [2e-3] * 70,
 }
-BOTH_DECAYS = "gn-none-sgd-wd1e-5", "gn-none-sgd-wd1e-3"
+BOTH_DECAYS = "gn-none-sgd-wd1e-5-long", "gn-none-sgd-wd1e-3-long"
 EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: its distances, its accuracy (random: 20), its layers
     "C1": ([("bn-none-sgd-slow", "recovered", 40)], [("bn-none-sgd-slow", "collapsed", 40)], [("bn-none-sgd-slow", "recovered", 21)]),
     "C2": ([("bn-none-lars", "healthy", 40), ("bn-none-sgd", "recovered", 30)], [("bn-none-lars", "healthy", 30), ("bn-none-sgd", "recovered", 40)],
@@ -1271,10 +1271,10 @@ EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: it
     "C6": ([("gn-none-lars", "recovered", 30), ("gn-bn-sgd", "healthy", 40)], [("gn-none-lars", "collapsed", 30), ("gn-bn-sgd", "healthy", 40)],
            [("gn-none-lars", "recovered", 50), ("gn-bn-sgd", "healthy", 40)], [("gn-none-lars", "healthy", 30), ("gn-bn-sgd", "healthy", 40)]),
     "C7": ([("gn-none-lars-0.1", "collapsed", 20)], [("gn-none-lars-0.1", "collapsed", 30)], [("gn-none-lars-0.1", "recovered", 20)]),
-    "D1": ([("gn-none-sgd-wd1e-4", "recovered", 30)], [("gn-none-sgd-wd1e-4", "collapsed", 30)], [("gn-none-sgd-wd1e-4", "healthy", 30)]),
-    "D2": ([("gn-none-sgd-wd3e-4", "relapsed", 30)], [("gn-none-sgd-wd3e-4", "collapsed", 30)]),
+    "D1": ([("gn-none-sgd-wd1e-4-long", "recovered", 30)], [("gn-none-sgd-wd1e-4-long", "collapsed", 30)], [("gn-none-sgd-wd1e-4-long", "healthy", 30)]),
+    "D2": ([("gn-none-sgd-wd3e-4-long", "relapsed", 30)], [("gn-none-sgd-wd3e-4-long", "collapsed", 30)]),
     "D3": ([(name, "collapsed", 20) for name in BOTH_DECAYS], [(name, "recovered", 20) for name in BOTH_DECAYS]),
-    "D4": ([("gn-none-sgd-wd1e-4", "recovered", 30)], [("gn-none-sgd-wd1e-4", "recovered", 30, "flat")], [("gn-none-sgd-wd1e-4", "collapsed", 30)]),
+    "D4": ([("gn-none-sgd-wd1e-4-long", "recovered", 30)], [("gn-none-sgd-wd1e-4-long", "recovered", 30, "flat")], [("gn-none-sgd-wd1e-4-long", "collapsed", 30)]),
     "D5": ([("gnws-none-sgd-long", "relapsed", 30)], [("gnws-none-sgd-long", "recovered", 30)]),
     "D6": ([("gn-none-lars-early", "recovered", 30)], [("gn-none-lars-early", "recovered", 30, "flat")]),
     "D7": ([("gn-none-lars-early", "recovered early", 30), ("gn-none-lars", "recovered", 30), ("gn-none-lars-mlps", "relapsed", 30)],
@@ -1345,8 +1345,9 @@ def test_report_is_written_alike_each_time(tmp_path):
 
 
 def test_report_shows_every_figure_and_note(tmp_path):
-    cells = [(f"map-{opt}-{lr}-1e-4", "recovered", 25) for opt in ("sgd", "lars") for lr in (0.1, 0.2)]
-    write_sweep(tmp_path, [run for holds, *_ in EVIDENCE.values() for run in holds] + cells, EVIDENCE["C4"][0])
+    more = [(f"map-{opt}-{lr}-1e-4", "recovered", 25) for opt in ("sgd", "lars") for lr in (0.1, 0.2)]
+    more += [("wide-sgd-24000", "recovered", 45)]
+    write_sweep(tmp_path, [run for holds, *_ in EVIDENCE.values() for run in holds] + more, EVIDENCE["C4"][0])
     (tmp_path / "notes.md").write_text("# Summary\nIt reaches {{gn-none-sgd accuracy}}.\n# C4\nLater: {{no-such-run state}}.\n")
     report.main(tmp_path)
     text = (tmp_path / "README.md").read_text()
