@@ -1296,7 +1296,7 @@ EVIDENCE = {  # claim: runs that bear it out, runs that contradict it; a run: it
 def write_run(folder, name, seed, distances, accuracy, layers=""):
     out = folder / f"{name}-s{seed}"
     out.mkdir(parents=True, exist_ok=True)
-    enc = {"bn": "bn", "gn": "gn", "gnws": "gn+ws", "map": "gn"}[name.removeprefix("random-").split("-")[0]]
+    enc = {"bn": "bn", "gn": "gn", "gnws": "gn+ws", "map": "gn", "wide": "gn"}[name.removeprefix("random-").split("-")[0]]
     flags = dict(enc_norm=enc, steps=len(distances), seed=seed, data="shapes", size=16, width=8, stem="cifar", batch_size=64,
                  opt="lars" if "lars" in name else "sgd")
     if found := report.MAP.fullmatch(name):
