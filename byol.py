@@ -1015,9 +1015,11 @@ def main(argv):
     except OSError as error:
         stop(1, f"{error.filename or 'the disk'}: {error.strerror}")
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "out of memory" in reason or "allocate memory" in reason:        # as a GPU and a CPU say it
+            stop(1, f"out of memory ({reason}): try a smaller --batch-size, --size or --width")
         if WORLD == 1:
             raise
-        reason = str(error).splitlines()[0]
         stop(1, f"process {RANK} lost the others ({reason}); the same command resumes from the last checkpoint")
     finally:
         if dist.is_initialized():

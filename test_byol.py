@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
@@ -812,6 +813,16 @@ def test_killed_and_resumed_is_never_killed(flags, folder, tmp_path):
     assert Run(*flags, "--out", killed).wait()[0] == 0
     assert log(straight) == log(killed)
     assert (straight / "encoder.pt").read_bytes() == (killed / "encoder.pt").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's /proc")
+def test_out_of_memory(tmp_path):
+    mapped = int(open("/proc/self/status").read().split("VmSize:")[1].split()[0]) * 1024
+    command = [sys.executable, HERE / "byol.py", *"--width 64 --size 64 --batch-size 2000 --steps 1 --threads 1 --out".split(), tmp_path / "run"]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (mapped + 2**31, -1))
+    run = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("byol.py: out of memory") and "--batch-size" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
 
 
 def test_full_disk(folder, tmp_path):
