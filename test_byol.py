@@ -1345,6 +1345,15 @@ def test_verdicts_can_fail(claim, tmp_path):
     assert report.verdict(claim, write_sweep(tmp_path / "mixed", holds, fails[0])) == (mixed, [0, 1])
 
 
+def test_growth_is_the_time_of_an_e_fold():
+    run = report.Run.__new__(report.Run)
+    values = {1: 0.3, 2: float("nan"), 500: 1e-5, **{step: 1e-4 * math.exp((step - 1000) / 250) for step in range(1000, 3001, 100)}}
+    run.steps = {step: {"common_dist": value} for step, value in values.items()}
+    assert run.growth == 250
+    run.steps = {step: line for step, line in run.steps.items() if step < 2500}         # 0.04 at most
+    assert run.growth is None
+
+
 def test_report_is_written_alike_each_time(tmp_path):
     write_sweep(tmp_path / "sweep", *[[*EVIDENCE["C4"][0], ("map-sgd-0.1-1e-4", "collapsed", 20)]] * 2)
     report.main(tmp_path / "sweep")

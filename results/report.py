@@ -8,6 +8,7 @@ the rule that one seed's runs must meet. Same logs, same files, byte for byte.
 import collections
 import functools
 import json
+import math
 import re
 import statistics
 import sys
@@ -25,6 +26,7 @@ from byol import COLLAPSED, RECOVERED, collapse_state
 
 USEFUL = 5          # points above random features of the same encoder that make a representation useful
 COMMON = 0.3        # share of the variation common to both views that announces a recovery
+NOISE, GROWN = 2e-4, 0.05       # variation common to both views: what 32 images do not show, and what is past its growth
 RANDOM = {"bn": "random-bn", "gn": "random-gn", "gn+ws": "random-gnws"}
 
 
@@ -43,6 +45,7 @@ class Run:
         self.seconds = sum((b - a) * self.flags["batch_size"] / self.steps[b]["images_per_s"] for a, b in zip(logged, logged[1:]))
         for line in self.steps.values():        # pos_cos is logged to 1e-6, so of a smaller variation it says nothing
             line["common"] = 1 - (1 - line["pos_cos"]) / line["rep_dist"] if line["rep_dist"] > 1e-5 else float("nan")
+            line["common_dist"] = line["common"] * line["rep_dist"]
         self.states, state = {}, "untrained"
         for step, line in self.steps.items():
             self.states[step] = state = collapse_state(state, line["rep_dist"])
@@ -97,6 +100,20 @@ class Run:
     @property
     def announced_at(self):
         return self.fallen_then("common", COMMON)
+
+    @property
+    def growth(self):
+        """Steps in which the variation common to both views grows e-fold on its way from NOISE to GROWN, or None where it
+        does not get there."""
+        fallen, start = False, None
+        for step, value in zip(*self.series("common_dist")):
+            if value < NOISE:
+                fallen, start = True, None
+            elif fallen and value >= NOISE:
+                start = start or (step, value)
+                if value > GROWN:
+                    return round((step - start[0]) / math.log(value / start[1])) if step > start[0] else None
+        return None
 
     def at_lowest(self, name, layer):
         """A layer's metric where the distance is smallest, over its value at step 1."""
@@ -250,6 +267,8 @@ FIGURES = {  # file: (title, runs, metric, layer), after the appendix's figures
     "return": ("Warm-up of 600 steps: EMA, length or decay varied",
                ["gn-none-sgd-wd1e-4", "scan-sgd-ema-0.99", "scan-sgd-ema-0.999", "gn-none-sgd-wd1e-4-long", "scan-sgd-12000-wd0"],
                "rep_dist", None),
+    "growth": ("Variation of z common to both views: share x distance", ["gn-none-sgd-wd3e-4-long", "gn-none-sgd-wd1e-4-long", "gn-none-sgd-wd1e-5-long",
+                                                  "scan-sgd-12000-wd0"], "common_dist", None),
     "wide": ("Without batch statistics, at the original's width and view size",
              ["wide-gn-none-lars", "wide-sgd-24000", "wide-sgd-24000-wd1e-5", "wide-sgd-12000"], "rep_dist", None),
     "common": ("Share of the variation of z that is common to both views", ["gn-none-lars", "gn-none-lars-0.1", "gn-none-sgd-wd1e-4-long",
@@ -262,8 +281,9 @@ FIGURE_OF = {"C1": "accuracy-bn", "C2": "accuracy-bn", "C3": "accuracy-bn", "C4"
              "D4": "decay-weights", "D5": "standardized-distance", "D6": "early-rate", "D7": "early-distance",
              "D8": "early-distance", "D9": "mlps-loss", "D10": "rates-rate"}
 LABELS = {"accuracy": "linear accuracy in %", "rep_dist": "representation distance", "loss": "training loss",
-          "common": "share common to both views", "lars_rate": "local LARS rate",
+          "common": "share common to both views", "common_dist": "share x representation distance", "lars_rate": "local LARS rate",
           "grad_norm": "gradient norm", "weight_norm": "weight norm", "max_over_rms": "largest weight / rms"}
+SHADED = {"rep_dist": COLLAPSED, "common_dist": NOISE}           # under this
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito: colour-blind safe
 WHY = {  # file: (title, run): every layer around the moment of collapse and of recovery
     "layers-sgd": ("SGD, no batch statistics", "gn-none-sgd"),
@@ -294,9 +314,9 @@ def draw_curves(title, names, metric, layer, sweep):
             curves(axes, runs, colour, name, metric, layer)
     if metric not in ("accuracy", "common"):
         axes.set_yscale("log")
-    if metric == "rep_dist":
+    if metric in SHADED:
         axes.set_ylim(bottom=axes.get_ylim()[0])
-        axes.axhspan(0, COLLAPSED, color="0.93", zorder=0)
+        axes.axhspan(0, SHADED[metric], color="0.93", zorder=0)
     axes.set(title=title, xlabel="optimizer steps", ylabel=LABELS[metric])
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))         # outside, so on no curve
     return figure
@@ -413,6 +433,7 @@ FACTS = {  # what {{run fact}} in notes.md stands for
     "state": lambda runs: ", ".join(run.state for run in runs),
     "collapsed": lambda runs: shown(run.collapsed_at for run in runs),
     "recovered": lambda runs: shown(run.recovered_at for run in runs),
+    "growth": lambda runs: shown(run.growth for run in runs),
     "announced": lambda runs: shown(run.announced_at for run in runs),
     "separated": lambda runs: shown(run.separated_from for run in runs),
     "peak": lambda runs: shown(rate_peak(run) for run in runs),
