@@ -26,7 +26,7 @@ from byol import COLLAPSED, RECOVERED, collapse_state
 
 USEFUL = 5          # points above random features of the same encoder that make a representation useful
 COMMON = 0.3        # share of the variation common to both views that announces a recovery
-NOISE, GROWN = 2e-4, 0.05       # variation common to both views: what 32 images do not show, and what is past its growth
+NOISE, GROWN = 2e-4, 0.05       # variation common to both views: what 32 images do not show, and where its growth ends
 RANDOM = {"bn": "random-bn", "gn": "random-gn", "gn+ws": "random-gnws"}
 
 
