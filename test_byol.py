@@ -39,7 +39,7 @@ from sklearn.linear_model import LogisticRegression
 import byol
 import lars
 import resnet_norms
-from results import report
+from results import growth, report
 
 HERE = Path(__file__).parent
 TIMING = {"images_per_s"}
@@ -1352,6 +1352,19 @@ def test_growth_is_the_time_of_an_e_fold():
     assert run.growth == 250
     run.steps = {step: line for step, line in run.steps.items() if step < 2500}         # 0.04 at most
     assert run.growth is None
+
+
+def test_common_variation_is_pairs_against_strangers(folder, capsys):
+    flags = [*TINY, "--data", f"folder:{folder}", "--enc-norm", "gn", "--mlp-norm", "none", "--steps", "3"]
+    growth.main(flags)
+    lines = capsys.readouterr().out.split("in common\n")[1].splitlines()
+    assert [int(line.split()[0]) for line in lines] == [0, 2]
+    args = byol.parse_arguments([*flags, "--seed", "1", "--batch-size", "45"])
+    images = byol.load_images(args.data, args.data_dir, False, 16).pretrain
+    z1, z2 = byol.unit(byol.set_up(byol.parse_arguments(flags))[0](byol.draw_views(images, 0, args, lambda part: None))[1]).chunk(2)
+    strangers = sum((z @ z.T).fill_diagonal_(0).sum() / (45 * 44) for z in (z1, z2)) / 2
+    distance, common = (float(value) for value in lines[0].split()[1:])
+    assert distance == pytest.approx(1 - strangers.item(), rel=0.01) and common == pytest.approx(((z1 * z2).sum(1).mean() - strangers).item(), rel=0.01)
 
 
 def test_report_is_written_alike_each_time(tmp_path):

@@ -19,9 +19,10 @@ IMAGES, CHUNK = 16_384, 256
 @torch.no_grad()
 def measure(images, online, args):
     """(representation distance, the part common to both views) of the online projections, over IMAGES of the images."""
-    args = argparse.Namespace(**{**vars(args), "batch_size": CHUNK, "seed": args.seed + 1})         # views of their own
+    size = min(CHUNK, len(images))
+    args = argparse.Namespace(**{**vars(args), "batch_size": size, "seed": args.seed + 1})         # views of their own
     outputs = []
-    for chunk in range(min(IMAGES, len(images)) // CHUNK):
+    for chunk in range(min(IMAGES, len(images)) // size):
         y, z, _ = online(byol.draw_views(images, chunk, args, lambda part: None))
         outputs.append([*y.chunk(2), *z.chunk(2)])
     y1, y2, z1, z2 = (torch.cat(parts) for parts in zip(*outputs))
