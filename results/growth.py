@@ -1,7 +1,7 @@
 """How the variation common to both views grows where a batch is too small to show it: python results/growth.py FLAGS
 
-Trains as byol.py does with these flags, writes no run, and prints over 16,384 images, at the start and every --log-every
-steps, the representation distance and the part of it that both views have in common.
+Trains as byol.py does with these flags (--steps, not --epochs), writes no run, and prints over 16,384 images, at the
+start and every --log-every steps, the representation distance and the part of it that both views have in common.
 """
 
 import argparse
