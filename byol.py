@@ -458,15 +458,12 @@ def normalize(images):
     return (images - per_channel(MEAN, images.device)) / per_channel(STD, images.device)
 
 
-def make_views(images, drawn, size):
-    """A random view of each uint8 image for each (parameters, order) of `drawn`: (N, 3, side, side) -> one float
-    (N, 3, size, size) a view, normalized. All views share each operation but the jitter."""
-    params = {name: torch.cat([params[name] for params, _ in drawn]) for name in drawn[0][0]}
-    x = (images / 255).repeat(len(drawn), 1, 1, 1)
-    x = resized_crop(x, params["start"], params["extent"], params["flip"], size)
-    x = torch.cat([jitter(view, *how) for view, how in zip(x.chunk(len(drawn)), drawn)])
+def make_view(images, params, order, size):
+    """One random view of each uint8 image: (N, 3, side, side) -> float (N, 3, size, size), normalized."""
+    x = resized_crop(images / 255, params["start"], params["extent"], params["flip"], size)
+    x = jitter(x, params, order)
     x = torch.where(params["gray"][:, None, None, None], grayscale(x), x)
-    return normalize(gaussian_blur(x, params["sigma"])).chunk(len(drawn))
+    return normalize(gaussian_blur(x, params["sigma"]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -483,17 +480,16 @@ def draw_views(images, step, args, lap):
     chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size :][share]
     x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
     lap("images")
-    some = len(x) if x.is_cuda else 1 + 2**18 // (3 * args.size**2)         # as many as stay in a CPU's cache
-    rng, threads, parts = generator(args.seed, VIEWS, step), torch.get_num_threads(), []
+    some = len(x) if x.is_cuda else 1 + 2**19 // (3 * args.size**2)         # as many as stay in a CPU's cache
+    rng, threads, views = generator(args.seed, VIEWS, step), torch.get_num_threads(), []
     torch.set_num_threads(1)        # torch would wake the others for 5,000 numbers, and wait 10 ms where a core is busy
     drawn = [draw_view(args.batch_size, x.shape[-1], args.size, rng) for _ in range(2)]
     torch.set_num_threads(threads)
-    for params, _ in drawn:
-        params.update({name: t[share].to(args.device, non_blocking=True) for name, t in params.items()})
-    for i in range(0, len(x), some):
-        these = [({name: t[i : i + some] for name, t in params.items()}, order) for params, order in drawn]
-        parts.append(make_views(x[i : i + some], these, args.size))
-    return torch.cat([part for view in zip(*parts) for part in view]).contiguous(memory_format=torch.channels_last)
+    for params, order in drawn:
+        params = {name: t[share].to(args.device, non_blocking=True).split(some) for name, t in params.items()}
+        for i, part in enumerate(x.split(some)):
+            views.append(make_view(part, {name: t[i] for name, t in params.items()}, order, args.size))
+    return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------ networks

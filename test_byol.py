@@ -392,7 +392,8 @@ def test_blur_is_torchvisions():
 def test_view_is_the_composition_of_torchvisions():
     images, *drawn = random_view()
     drawn = [drawn, byol.draw_view(6, 32, 48, torch.Generator().manual_seed(3))]
-    for ours, (params, order) in zip(byol.make_views(images, drawn, 48), drawn, strict=True):
+    for params, order in drawn:
+        ours = byol.make_view(images, params, order, 48)
         for i in range(len(images)):
             top, left, height, width = (int(v) for v in (*params["start"][i], *params["extent"][i]))
             x = TF.resized_crop(images[i] / 255, top, left, height, width, [48, 48], antialias=True)
