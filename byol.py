@@ -378,9 +378,9 @@ def draw_view(n, side, size, rng):
 
 
 def resize_matrix(start, extent, side, size):
-    """(N, size, side) rows that resize pixels [start, start + extent) of `side` to `size`: bilinear with antialiasing,
-    by the weights of torch's `upsample_bilinear2d`, which RandomResizedCrop calls."""
-    start, extent = start[:, None, None], extent[:, None, None]
+    """(..., size, side) rows that resize pixels [start, start + extent) of `side` to `size`: bilinear with antialiasing,
+    by the weights of torch's `upsample_bilinear2d`, which RandomResizedCrop calls. start and extent: (...)."""
+    start, extent = start[..., None, None], extent[..., None, None]
     pixel, scale = torch.arange(side, device=start.device), extent / size
     centre = start + scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
     weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
@@ -398,7 +398,7 @@ def separable(images, rows, columns):
 
 def resized_crop(images, start, extent, flip, size):
     """Crop, resize and flip each image: (N, 3, side, side) -> (N, 3, size, size)."""
-    rows, columns = (resize_matrix(start[:, i], extent[:, i], images.shape[-1], size) for i in (0, 1))
+    rows, columns = resize_matrix(start.T, extent.T, images.shape[-1], size)
     return separable(images, rows, torch.where(flip[:, None, None], columns.flip(1), columns))
 
 
@@ -410,8 +410,8 @@ def grayscale(images):
 def adjust_hue(images, shift):
     """Rotate the hue by `shift` turns, (N, 1, 1, 1), through HSV as torchvision's adjust_hue does."""
     r, g, b = images.split(1, dim=1)
-    value = images.amax(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
+    value = r.maximum(g).maximum(b)
+    chroma = value - r.minimum(g).minimum(b)
     c = chroma.clamp_min(1e-12)
     hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)) / 6
     k = hue + shift + per_channel((5 / 6, 3 / 6, 1 / 6), images.device)
