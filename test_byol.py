@@ -1358,14 +1358,20 @@ def test_growth_is_the_time_of_an_e_fold():
 def test_common_variation_is_pairs_against_strangers(folder, capsys):
     flags = [*TINY, "--data", f"folder:{folder}", "--enc-norm", "gn", "--mlp-norm", "none", "--steps", "3"]
     growth.main(flags)
-    lines = capsys.readouterr().out.split("in common\n")[1].splitlines()
+    lines = capsys.readouterr().out.split("slope\n")[1].splitlines()
     assert [int(line.split()[0]) for line in lines] == [0, 2]
     args = byol.parse_arguments([*flags, "--seed", "1", "--batch-size", "45"])
     images = byol.load_images(args.data, args.data_dir, False, 16).pretrain
-    z1, z2 = byol.unit(byol.set_up(byol.parse_arguments(flags))[0](byol.draw_views(images, 0, args, lambda part: None))[1]).chunk(2)
+    online = byol.set_up(byol.parse_arguments(flags))[0]
+    _, *outputs = online(byol.draw_views(images, 0, args, lambda part: None))
+    (z1, z2), (q1, q2) = (byol.unit(t).detach().chunk(2) for t in outputs)
     strangers = sum((z @ z.T).fill_diagonal_(0).sum() / (45 * 44) for z in (z1, z2)) / 2
-    distance, common = (float(value) for value in lines[0].split()[1:])
+    distance, common, strongest, slope = (float(value) for value in lines[0].split()[1:])
     assert distance == pytest.approx(1 - strangers.item(), rel=0.01) and common == pytest.approx(((z1 * z2).sum(1).mean() - strangers).item(), rel=0.01)
+    z1, z2, q1, q2 = ((t - t.mean(0)).double().numpy() for t in (z1, z2, q1, q2))
+    variances, directions = np.linalg.eigh((np.cov((z1 + z2).T, bias=True) - np.cov((z1 - z2).T, bias=True)) / 4)
+    along = lambda a, b: np.concatenate([a, b]) @ directions[:, -1]
+    assert strongest == pytest.approx(variances[-1], rel=0.01) and slope == pytest.approx(np.polyfit(along(z1, z2), along(q1, q2), 1)[0], rel=0.01)
 
 
 def test_report_is_written_alike_each_time(tmp_path):
