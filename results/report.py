@@ -359,8 +359,9 @@ def draw_map(optimizer, sweep):
     image = axes.imshow(distance, norm=LogNorm(1e-7, 1), cmap="cividis", origin="lower", aspect="auto")
     for (decay, rate), runs in cells.items():
         place = decays.index(decay), rates.index(rate)
-        text = f"{statistics.fmean(run.accuracy for run in runs):.1f}" + f"\n({len(runs)} seeds)" * (len(runs) > 1)
-        text += "\nrecovered" * any(run.state == "recovered" for run in runs)
+        recovered = sum(run.state == "recovered" for run in runs)
+        text = f"{statistics.fmean(run.accuracy for run in runs):.1f}" + f"\n{recovered} of {len(runs)}" * (len(runs) > 1)
+        text += "\nrecovered" * (recovered > 0 or len(runs) > 1)
         axes.text(place[1], place[0], text, ha="center", va="center", fontsize=9,
                   color="black" if distance[place[0]][place[1]] > 1e-3 else "white")
     axes.set(xticks=range(len(rates)), xticklabels=[f"{rate:g}" for rate in rates], yticks=range(len(decays)),
