@@ -64,6 +64,8 @@ scan             gn-none-sgd-wd3e-4    6000  $NO_BATCH $SLOW --weight-decay 3e-4
 scan             gn-none-sgd-wd1e-3    6000  $NO_BATCH $SLOW --weight-decay 1e-3
 scan             scan-sgd-ema-0.99     6000  $NO_BATCH $SLOW --weight-decay 1e-4 --ema 0.99
 scan             scan-sgd-ema-0.999    6000  $NO_BATCH $SLOW --weight-decay 1e-4 --ema 0.999
+scan             scan-sgd-pred-fixed   6000  $NO_BATCH $SLOW --weight-decay 1e-4 --lr-mult prediction=0
+scan             scan-sgd-pred-0.1     6000  $NO_BATCH --lr-mult prediction=0.1
 scan             scan-sgd-12000-wd0   12000  $NO_BATCH --warmup 0.05 --weight-decay 0
 scan             scan-lars-0.2-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.2
 scan             scan-lars-0.1-warm    6000  $NO_BATCH --opt lars --warmup 0.68 --lr 0.1
