@@ -49,6 +49,7 @@ X1               gnws-none-lars-warm   6000  --enc-norm gn+ws --mlp-norm none --
 scan             gnws-none-sgd         6000  --enc-norm gn+ws --mlp-norm none
 scan             gnws-none-sgd-slow    6000  --enc-norm gn+ws --mlp-norm none $SLOW
 scan             gnws-none-sgd-24000  24000  --enc-norm gn+ws --mlp-norm none --warmup 0.025
+scan             gn-none-sgd-24000    24000  $NO_BATCH $SLOW
 scan             gnws-none-lars        6000  --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 scan             scan-gnws-sgd-warm    6000  --enc-norm gn+ws --mlp-norm none --warmup 0.68
 scan             scan-gnws-sgd-wd3e-4  6000  --enc-norm gn+ws --mlp-norm none $SLOW --weight-decay 3e-4
