@@ -26,9 +26,9 @@ def measure(images, online, args):
     outputs = []
     for chunk in range(min(IMAGES, len(images)) // size):
         outputs.append([view for t in online(byol.draw_views(images, chunk, args, lambda part: None)) for view in t.chunk(2)])
-    y1, y2, *rest = (torch.cat(parts) for parts in zip(*outputs))
-    metrics = byol.collapse_metrics(y1, rest[0], y2, rest[1])
-    z1, z2, q1, q2 = (t - t.mean(0) for t in map(byol.unit, torch.stack(rest).double()))
+    y1, y2, z1, z2, q1, q2 = (torch.cat(parts) for parts in zip(*outputs))
+    metrics = byol.collapse_metrics(y1, z1, y2, z2)
+    z1, z2, q1, q2 = (unit - unit.mean(0) for unit in (byol.unit(t.double()) for t in (z1, z2, q1, q2)))
     variance, directions = torch.linalg.eigh((z1.T @ z2 + z2.T @ z1) / (2 * len(z1)))
     z, q = torch.cat([z1, z2]) @ directions[:, -1], torch.cat([q1, q2]) @ directions[:, -1]
     return metrics["rep_dist"], metrics["rep_dist"] - (1 - metrics["pos_cos"]), variance[-1].item(), (q @ z / (z @ z)).item()
