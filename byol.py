@@ -50,6 +50,7 @@ TEMPERATURE, QUEUE = 0.2, 4096       # moco and simclr (MoCo v2); the queue hold
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)                        # RandomResizedCrop: area and aspect ratio of a crop
 P_FLIP, P_JITTER, P_GRAY, P_BLUR = 0.5, 0.8, 0.2, 0.5
 JITTER = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1))
+JITTER_RANGE = torch.tensor([(low, high - low, name != "hue") for name, (low, high) in JITTER.items()]).T[..., None]
 BLUR_SIGMA, BLUR_REACH = (0.1 / 96, 2.0 / 96), 6 / 96            # sigma and kernel radius over the view's side
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, per channel
 COLLAPSED, RECOVERED = 1e-3, 1e-2    # representation distances, see collapse_state
@@ -357,6 +358,7 @@ def load_images(data, data_dir, download, size):
 
 # ------------------------------------------------------------------------ views
 
+@torch.inference_mode()
 def draw_view(n, side, size, rng):
     """The random parameters of one view of n square images, drawn on the CPU with torchvision's distributions. Crops
     are RandomResizedCrop's: the first of ten tries that fits, else the whole image. An operation that is not applied
@@ -370,11 +372,11 @@ def draw_view(n, side, size, rng):
     start = (uniform(0, 1, 2) * (side - extent + 1)).floor()
     apply = chance(P_JITTER)
     params = {"start": start, "extent": extent, "flip": chance(P_FLIP)}
-    for name, (low, high) in JITTER.items():
-        params[name] = torch.where(apply, uniform(low, high), 0.0 if name == "hue" else 1.0)
+    low, span, still = JITTER_RANGE
+    params |= zip(JITTER, torch.where(apply, low + span * torch.rand(len(JITTER), n, generator=rng), still))
     params["gray"] = chance(P_GRAY)
     params["sigma"] = torch.where(chance(P_BLUR), size * uniform(*BLUR_SIGMA), 0.0)
-    return params, [list(JITTER)[i] for i in torch.randperm(len(JITTER), generator=rng)]
+    return params, [list(JITTER)[i] for i in torch.randperm(len(JITTER), generator=rng).tolist()]
 
 
 def resize_matrix(start, extent, side, size):
@@ -434,16 +436,22 @@ def jitter(images, params, order):
     return images
 
 
-def gaussian_blur(images, sigma):
-    """Blur with one sigma per image, the border reflected; sigma 0 changes nothing. The kernel reaches three of the
-    largest sigmas: 13 pixels at 96 px, as many as torchvision's GaussianBlur(13)."""
-    size = images.shape[-1]
+@functools.lru_cache
+def blur_taps(size, device):
+    """The taps' offsets in pixels, (taps,), and the blur matrix that each alone would make, (taps, size * size). They
+    reach three of the largest sigmas: 13 pixels at 96 px, as many as torchvision's GaussianBlur(13)."""
     radius = math.ceil(BLUR_REACH * size)
-    offset = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)[:, None]) ** 2)
-    source = (torch.arange(size, device=images.device) + offset[:, None]).abs()
+    offset = torch.arange(-radius, radius + 1, device=device)
+    source = (torch.arange(size, device=device) + offset[:, None]).abs()
     source = size - 1 - (size - 1 - source).abs()                                 # (taps, size): reflected pixel
-    taps = F.one_hot(source, size).float().flatten(1)
+    return offset, F.one_hot(source, size).float().flatten(1)
+
+
+def gaussian_blur(images, sigma):
+    """Blur with one sigma per image, the border reflected; sigma 0 changes nothing."""
+    size = images.shape[-1]
+    offset, taps = blur_taps(size, images.device)
+    kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)[:, None]) ** 2)
     matrix = (kernel / kernel.sum(1, keepdim=True) @ taps).view(-1, size, size)
     return separable(images, matrix, matrix)
 
@@ -458,6 +466,7 @@ def normalize(images):
     return (images - per_channel(MEAN, images.device)) / per_channel(STD, images.device)
 
 
+@torch.inference_mode()
 def make_view(images, params, order, size):
     """One random view of each uint8 image: (N, 3, side, side) -> float (N, 3, size, size), normalized."""
     x = resized_crop(images / 255, params["start"], params["extent"], params["flip"], size)
@@ -486,9 +495,10 @@ def draw_views(images, step, args, lap):
     drawn = [draw_view(args.batch_size, x.shape[-1], args.size, rng) for _ in range(2)]
     torch.set_num_threads(threads)
     for params, order in drawn:
-        params = {name: t[share].to(args.device, non_blocking=True).split(some) for name, t in params.items()}
-        for i, part in enumerate(x.split(some)):
-            views.append(make_view(part, {name: t[i] for name, t in params.items()}, order, args.size))
+        params = {name: t[share].to(args.device, non_blocking=True) for name, t in params.items()}
+        for start in range(0, len(x), some):
+            part = slice(start, start + some)
+            views.append(make_view(x[part], {name: t[part] for name, t in params.items()}, order, args.size))
     return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
@@ -546,8 +556,13 @@ def make_target(online, loss):
 @torch.no_grad()
 def update_target(target, online, tau):
     """target = tau * target + (1 - tau) * online (BYOL, arXiv 2006.07733, equation 1)."""
-    own = list(target.parameters())
-    torch._foreach_lerp_(own, list(online.parameters())[: len(own)], 1 - tau)
+    own = parameters(target)
+    torch._foreach_lerp_(own, parameters(online)[: len(own)], 1 - tau)
+
+
+@functools.lru_cache(maxsize=2)
+def parameters(network):
+    return list(network.parameters())
 
 
 # ------------------------------------------------------------------------ loss
@@ -717,12 +732,11 @@ def describe(args, argv):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     cpu = re.search(r"model name\s*: (.*)", CPUINFO)
     gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
-    modules = dict(torch=torch, torchvision=torchvision, numpy=np)
     return {
         "flags": {name: value for name, value in vars(args).items() if name != "out"},
         "command": shlex.join(["python", "byol.py", *argv]),
         "commit": commit,
-        "versions": {"python": platform.python_version(), **{name: m.__version__ for name, m in modules.items()}},
+        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}},
         "hardware": dict(machine=platform.machine(), cpu=cpu and cpu[1], threads=torch.get_num_threads(), gpu=gpu),
     }
 
