@@ -562,6 +562,7 @@ def update_target(target, online, tau):
 
 @functools.lru_cache(maxsize=2)
 def parameters(network):
+    """Those of online and target, listed once: to walk the modules takes longer than the EMA itself."""
     return list(network.parameters())
 
 
