@@ -148,9 +148,36 @@ def test_resnet_equals_torchvision():
         else:
             assert torch.equal(fresh[name], t)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, 64, 64)
-    for mode in (True, False):
+    for side, mode in itertools.product((64, 32), (True, False)):       # at 32 the kernels of layer4 cover their maps
+        x = torch.randn(2, 3, side, side)
         assert torch.equal(ours.train(mode)(x), theirs.train(mode)(x))
+
+
+@pytest.mark.parametrize("ours, torchs", [
+    (resnet_norms.CoveringConv2d, nn.Conv2d), (resnet_norms.CoveringWSConv2d, resnet_norms.WSConv2d),
+])
+@pytest.mark.parametrize("kernel, stride, padding, side, covers", [
+    (3, 1, 1, 1, True), (3, 2, 1, 1, True), (3, 2, 1, 2, True), (7, 2, 3, 2, True), (1, 2, 0, 1, True),
+    (3, 1, 1, 2, False), (3, 2, 1, 3, False), (1, 2, 0, 2, False), (1, 1, 0, 2, False),
+])
+def test_kernels_that_cover_the_map(ours, torchs, kernel, stride, padding, side, covers):
+    """Where one covers it, the output has the plain convolution's bits and the gradients are its gradients."""
+    torch.manual_seed(0)
+    plain, x, results = torchs(3, 4, kernel, stride, padding).double(), torch.randn(50, 3, side, side).double(), []
+    for make, kind in ((torchs, torch.float64), (ours, torch.float64), (ours, torch.bfloat16)):
+        conv = make(3, 4, kernel, stride, padding).to(torch.float64 if kind == torch.float64 else torch.float32)
+        conv.load_state_dict(plain.state_dict())
+        x = x.detach().to(conv.weight.dtype, memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+            y = conv(x)
+        assert y.dtype == kind and ("OneWindow" in type(y.grad_fn).__name__) == (covers and make is ours)
+        (y.double() ** 2).sum().backward()
+        results.append([t.detach().double() for t in (y, x.grad, conv.weight.grad, conv.bias.grad)])
+    expected, mine, in_bf16 = results
+    assert torch.equal(mine[0], expected[0])
+    for want, got, rough in zip(expected, mine, in_bf16):
+        assert torch.allclose(got, want, rtol=1e-10, atol=1e-10)
+        assert not covers or (rough - want).norm() < 0.02 * want.norm()
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
