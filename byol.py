@@ -142,7 +142,7 @@ def parse_arguments(argv):
     add("--lr-mult", metavar="REGEX=FACTOR", type=regex_factor, action="append", default=[],
         help="multiply the rate of the layers in which REGEX is found; repeatable")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(int, 0, 10**9), default=800, help="length; 0: random features (800)")
+    length.add_argument("--steps", type=number(int, 0, 10**9), default=700, help="length; 0: random features (700)")
     length.add_argument("--epochs", type=number(int, 0, 10**9), help="the length in passes over the images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step (64)")
     add("--size", type=number(int, 8), default=16, help="side of the views in pixels (16)")
