@@ -49,7 +49,7 @@ def group_norm(channels, max_groups=32):
 
 class OneWindow(torch.autograd.Function):
     """conv2d, bit for bit, where the kernel covers the whole map from one place, which makes it a linear layer: the
-    gradients are matrix products. torch's own take ten times as long on a CPU, in oneDNN's weight gradient.
+    gradients are matrix products. Those of conv2d take ten times as long on a CPU, in oneDNN's weight gradient.
     """
 
     @staticmethod
@@ -69,11 +69,13 @@ class OneWindow(torch.autograd.Function):
 
 
 class Covering:
-    """A convolution, to be given as a second base, without groups and dilation, that takes `OneWindow` where it can."""
+    """Mixed into a convolution without groups and dilation: `OneWindow` where it applies, on a CPU."""
 
     def _conv_forward(self, x, weight, bias):
         axes = zip(x.shape[2:], self.kernel_size, self.stride, self.padding)
-        if all(p + side <= kernel and side + 2 * p - kernel < stride for side, kernel, stride, p in axes):
+        if x.device.type == "cpu" and all(
+            p + side <= kernel and side + 2 * p - kernel < stride for side, kernel, stride, p in axes
+        ):
             return OneWindow.apply(x, weight, bias, self.stride, self.padding)
         return super()._conv_forward(x, weight, bias)
 
