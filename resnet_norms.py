@@ -44,7 +44,60 @@ def group_norm(channels, max_groups=32):
     maps a 1 x 1 feature map to a constant. The number of groups always divides `channels`.
     """
     groups = max(g for g in range(1, max_groups + 1) if channels % g == 0 and (2 * g <= channels or g == 1))
-    return nn.GroupNorm(groups, channels)
+    return GroupNorm(groups, channels)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm, with sums over all channels at once where torch's kernel for a CPU is slow.
+
+    That kernel goes through a channels_last image group by group, and takes two to four times as long where a group has
+    less than a vector of channels. Up to 2 MB (in fp32) it stays: little is gained, and the study keeps its logs' bits.
+    """
+
+    def forward(self, x):
+        narrow = self.num_channels // self.num_groups < 8 and x.dtype == self.weight.dtype and x.device.type == "cpu"
+        if narrow and x.numel() > 2**19 and x.is_contiguous(memory_format=torch.channels_last):
+            return NarrowGroups.apply(x, self.num_groups, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+class NarrowGroups(torch.autograd.Function):
+    """Group normalization of a channels_last tensor (Wu and He 2018, equation 1), to fp32 rounding that of torch.
+
+    The output and the gradient of the input are one factor and one summand for each channel of an image, and no tensor
+    of the input's size is made but these two.
+    """
+
+    @staticmethod
+    def rows(x, groups):
+        """(N, C, H, W) -> (N, H * W, groups, C / groups), a view where x is channels_last."""
+        return x.permute(0, 2, 3, 1).reshape(len(x), -1, groups, x.shape[1] // groups)
+
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps):
+        y = x * x
+        mean, square = (NarrowGroups.rows(t, groups).mean(1, True).mean(3, True) for t in (x, y))
+        rstd = ((square - mean * mean).clamp_min(0) + eps).rsqrt()
+        weight, bias = weight.view(groups, -1), bias.view(groups, -1)
+        scale = rstd * weight
+        torch.addcmul(bias - mean * scale, NarrowGroups.rows(x, groups), scale, out=NarrowGroups.rows(y, groups))
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad_x = x * grad
+        x, grad, out = (NarrowGroups.rows(t, len(weight)) for t in (x, grad, grad_x))
+        total = grad.sum(1, True)
+        product = rstd * (out.sum(1, True) - mean * total)      # of the gradient and the normalized input
+        size = x[0, :, 0].numel()
+        slope = -(rstd * rstd / size) * (weight * product).sum(3, True)
+        shift = -(rstd / size) * (weight * total).sum(3, True) - slope * mean
+        slope, shift = (t.repeat(1, 1, 1, weight.shape[1]) for t in (slope, shift))
+        torch.addcmul(shift, grad, rstd * weight, out=out).addcmul_(x, slope)
+        return grad_x, None, product.sum((0, 1)).flatten(), total.sum((0, 1)).flatten(), None
 
 
 class OneWindow(torch.autograd.Function):

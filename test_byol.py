@@ -223,6 +223,41 @@ def test_group_norm_groups():
     assert groups == {1: 1, 3: 1, 12: 6, 16: 8, 48: 24, 64: 32, 128: 32, 512: 32}
 
 
+@pytest.mark.parametrize("shape, form, kind, narrow", [
+    ((130, 64, 8, 8), torch.channels_last, torch.float64, True), ((130, 64, 8, 8), torch.channels_last, torch.float32, True),
+    ((43, 12, 32, 32), torch.channels_last, torch.float32, True), ((3, 2, 300, 300), torch.channels_last, torch.float32, True),
+    ((4097, 128, 1, 1), torch.channels_last, torch.float32, True), ((130, 64, 8, 8), torch.contiguous_format, torch.float32, False),
+    ((33, 256, 8, 8), torch.channels_last, torch.float32, False), ((128, 64, 8, 8), torch.channels_last, torch.float32, False),
+    ((4097, 128), torch.contiguous_format, torch.float32, False),
+    ((130, 64, 8, 8), torch.channels_last, torch.bfloat16, False),
+])
+def test_group_norm_is_torchs(shape, form, kind, narrow):
+    """Where it takes the sums over all channels at once, it rounds no worse than torch; elsewhere it has torch's bits."""
+    torch.manual_seed(0)
+    norm, results = resnet_norms.group_norm(shape[1]), []
+    theirs = nn.GroupNorm(norm.num_groups, shape[1])
+    with torch.no_grad():
+        x = (2 + torch.randn(shape)).to(kind, memory_format=form)
+        x[0], weight, bias = 0.5, torch.randn(shape[1]), torch.randn(shape[1])      # an image without contrast
+        grad = torch.randn(shape).to(kind)
+    for net, dtype in ((theirs, torch.float64), (theirs, kind), (norm, kind)):
+        net.to(torch.float32 if dtype == torch.bfloat16 else dtype).load_state_dict({"weight": weight, "bias": bias})
+        net.zero_grad()
+        z = x.detach().to(dtype).requires_grad_()
+        y = net(z)
+        assert ("NarrowGroups" in type(y.grad_fn).__name__) == (narrow and net is norm)
+        assert y.is_contiguous(memory_format=form) and torch.equal(net(z.detach()), y)
+        y.relu_().backward(grad.to(dtype))                  # in place and with another memory format, as in the network
+        results.append([t.detach().clone() for t in (y, z.grad, net.weight.grad, net.bias.grad)])
+    for exact, want, got in zip(*results):
+        if narrow:
+            assert got.dtype == kind and (got - exact).norm() <= 1.5 * (want - exact).norm() + 1e-15 * exact.norm()
+        else:
+            assert torch.equal(got, want)
+    blank = torch.zeros_like(x) + torch.linspace(1, 1000, len(x)).view(-1, *[1] * (x.ndim - 1))
+    assert torch.isfinite(norm(blank)).all()                # though rounding may leave a variance under 0
+
+
 def test_weight_standardization():
     conv = resnet_norms.WSConv2d(3, 5, 3, padding=1).double()
     x = torch.randn(2, 3, 8, 8).double()
@@ -525,7 +560,10 @@ def test_schedules():
     assert taus == pytest.approx([0.9, 0.95, 1.0])
 
 
-@pytest.mark.parametrize("norms", ["--enc-norm bn --mlp-norm bn", "--enc-norm gn --mlp-norm none"])
+@pytest.mark.parametrize("norms", [
+    "--enc-norm bn --mlp-norm bn", "--enc-norm gn --mlp-norm none",
+    "--enc-norm gn --mlp-norm none --size 32 --batch-size 33",      # large enough for sums over all groups at once
+])
 def test_step_equals_the_plain_one(norms, shapes):
     """Both views in one pass, channels_last and the fused updates against BYOL written out, in 20 steps of a run.
 
@@ -535,7 +573,7 @@ def test_step_equals_the_plain_one(norms, shapes):
     def flat(net):
         return torch.cat([p.detach().flatten() for p in net.parameters()])
 
-    args = byol.parse_arguments(f"{norms} --width 8 --batch-size 32 --steps 20".split())
+    args = byol.parse_arguments(f"--width 8 --batch-size 32 --steps 20 {norms}".split())
     online, target, optimizer = byol.set_up(args)
     plain = copy.deepcopy(online).to(memory_format=torch.contiguous_format)
     for module in plain.modules():
