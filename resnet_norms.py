@@ -50,7 +50,7 @@ def group_norm(channels, max_groups=32):
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm, with sums over all channels at once where torch's kernel for a CPU is slow.
 
-    That kernel goes through a channels_last image group by group, and takes two to four times as long where a group has
+    That kernel goes through a channels_last image group by group, and takes up to four times as long where a group has
     less than a vector of channels. Up to 2 MB (in fp32) it stays: little is gained, and the study keeps its logs' bits.
     """
 
