@@ -975,7 +975,7 @@ def test_two_processes_train_as_one(flags, folder, tmp_path):
 
 
 def test_a_killed_worker_ends_the_run_and_it_resumes(folder, tmp_path, capsys):
-    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 120 --checkpoint-every 20 --loss simclr".split()]
+    flags = [*TINY, "--data", f"folder:{folder}", *"--steps 60 --checkpoint-every 20 --loss simclr".split()]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     two_processes(*flags, "--out", straight)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
