@@ -1,13 +1,14 @@
 """BYOL with and without batch statistics: does it collapse, and what brings it back? Results: README.md
 
-    python byol.py                                                           # the control: bn everywhere, SGD
-    python byol.py --enc-norm gn --mlp-norm none                             # no batch statistics: collapses
-    python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2         # and LARS, which turns the collapse
-    python byol.py --data stl10 --download --width 64 --size 96 --batch-size 256 --epochs 320 --device cuda
-    torchrun --nproc-per-node 2 byol.py --enc-norm gn --mlp-norm none        # one run on two processes
+    python byol.py                                                       # the control: bn everywhere, SGD
+    python byol.py --enc-norm gn --mlp-norm none                         # no batch statistics: collapses
+    python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2     # and LARS: does not stay collapsed
+    python byol.py --data stl10 --download --width 64 --stem imagenet --size 96 --batch-size 256 \\
+        --epochs 320 --device cuda                                       # the blog's full set-up
+    torchrun --nproc-per-node 2 byol.py --enc-norm gn --mlp-norm none    # one run on two processes
 
-The script reads top to bottom in the order data flows: arguments, images, views, networks, loss, collapse metrics,
-linear evaluation, checkpoint, training. A run is one folder, and the same command resumes a run that was stopped.
+It reads top to bottom in the order data flows: arguments, images, views, networks, losses, collapse metrics,
+linear evaluation, run folder, training. A run is one folder; the same command resumes a run that was cut off.
 """
 
 import argparse
@@ -17,18 +18,16 @@ import copy
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from multiprocessing.pool import ThreadPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,32 +37,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
+from PIL import Image
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 from torchvision import datasets
 
 from lars import LARS, param_groups
-from resnet_norms import group_norm, resnet18
+from resnet_norms import resnet18
 
-HIDDEN, PROJECTION = 512, 128        # features of the MLPs, as in the blog's code
-TEMPERATURE, QUEUE = 0.2, 4096       # moco and simclr (MoCo v2); the queue holds target projections
-SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)                        # RandomResizedCrop: area and aspect ratio of a crop
-P_FLIP, P_JITTER, P_GRAY, P_BLUR = 0.5, 0.8, 0.2, 0.5
-JITTER = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1))
-JITTER_RANGE = torch.tensor([(low, high - low, name != "hue") for name, (low, high) in JITTER.items()]).T[..., None]
-BLUR_SIGMA, BLUR_REACH = (0.1 / 96, 2.0 / 96), 6 / 96            # sigma and kernel radius over the view's side
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)         # ImageNet's, per channel
-COLLAPSED, RECOVERED = 1e-3, 1e-2    # representation distances, see collapse_state
-OPTIMIZERS = {                       # defaults per optimizer
-    "sgd": dict(lr=0.2, weight_decay=1e-4, warmup=0.0),                          # the blog's code
-    "lars": dict(lr=0.2, weight_decay=1.5e-6, warmup=0.2, lars_layers=".*"),    # the BYOL paper; its warm-up: README
-}
-MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": group_norm, "none": lambda features: nn.Identity()}
-PARTS = "images", "views", "online forward", "target forward", "backward", "optimizer", "EMA", "metrics"
-PRINTED = "loss", "lr", "pos_cos", "neg_cos", "rep_dist", "z_std", "y_std", "y_rank", "images_per_s"
-ORDER, VIEWS = 0, 1                  # what a random stream is for
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # of torchrun
-CPUINFO = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
 
 
 def stop(status, message):
@@ -72,318 +55,269 @@ def stop(status, message):
     raise SystemExit(status)
 
 
-def generator(seed, stream, index):
-    """A CPU generator that depends on nothing but (seed, stream, index), so no generator state needs saving."""
-    state = np.random.SeedSequence([seed, stream, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
-
-
-def uniform_from(n, rng):
-    """A function (low, high, *shape) that draws (n, *shape) from U[low, high]."""
-    return lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=rng)
-
-
 def gather(rows):
-    """The rows (N / processes, ...) of all processes in the batch's order; this process's own keep their gradient."""
-    if WORLD == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(WORLD)]
-    dist.all_gather(parts, rows.detach().contiguous())
-    return torch.cat([*parts[:RANK], rows, *parts[RANK + 1 :]])
-
-
-def agree(number):
-    """The largest `number` of all processes."""
-    return gather(torch.tensor([number])).max().item()
+    """The rows (N / processes, ...) of all processes, (N, ...), with their gradient."""
+    return torch.cat(all_gather(rows.contiguous())) if WORLD > 1 else rows
 
 
 # ------------------------------------------------------------------------ arguments
+DECAY = {"sgd": 1e-4, "lars": 1.5e-6}       # default weight decay: the blog's code, the BYOL paper
+QUEUE = 4096                                # target projections that moco keeps
+GROUP_NORM = functools.partial(nn.GroupNorm, 32)
+MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": GROUP_NORM, "none": nn.Identity}
 
-def number(kind, low, high=1e18, above=False):
-    """An argparse type: a `kind` in [low, high], or in (low, high] with `above`."""
 
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and not (above and value == low):
-                return value
-        whole, bound = "whole " * (kind is int), "above" if above else "from"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number {bound} {low} to {high:g}")
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands, and each flag with its default."""
 
-    return parse
+
+def within(kind, low, high=10**9):
+    """An argparse type: a `kind` in [low, high]."""
+    def number(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
+    return number
 
 
 def regex_factor(text):
-    regex, equals, factor = text.rpartition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=FACTOR")
-    return regex, number(float, 0)(factor)
+    regex, _, factor = text.rpartition("=")
+    return regex, within(float, 0)(factor)
 
 
 def parse_arguments(argv):
     """The flags of the command line `argv`, with the defaults that follow from other flags filled in."""
-    parser = argparse.ArgumentParser(prog="byol.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("byol.py", description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: stop(2, message)
-    add, mlp_norms = parser.add_argument, list(MLP_NORMS)
-    add("--enc-norm", choices=["bn", "gn", "gn+ws", "none"], default="bn", help="norm of the encoder (bn)")
-    add("--mlp-norm", choices=mlp_norms, default="bn", help="norm of projection and prediction (bn)")
-    add("--proj-norm", choices=mlp_norms, help="norm of the projection (--mlp-norm)")
-    add("--pred-norm", choices=mlp_norms, help="norm of the prediction (--mlp-norm)")
-    add("--width", type=number(int, 1, 512), default=8, help="channels of layer1; y has 8 times as many (8)")
-    add("--stem", choices=["imagenet", "cifar"], default="cifar", help="7x7/2 and max-pool, or 3x3 (cifar)")
-    add("--loss", choices=["byol", "moco", "simclr"], default="byol", help="moco: a queue; simclr: the batch (byol)")
-    add("--ema", type=number(float, 0, 1), default=0.996, help="target's share kept per step, cosine to 1 (0.996)")
-    add("--opt", choices=list(OPTIMIZERS), default="sgd", help="optimizer, momentum 0.9 (sgd)")
-    add("--lr", type=number(float, 0, above=True), help="the rate, not scaled by the batch; cosine to 0 (0.2)")
-    add("--warmup", type=number(float, 0, 1), help="share of the run with linear warm-up (sgd 0, lars 0.2)")
-    add("--weight-decay", type=number(float, 0), help="(sgd 1e-4 on all, lars 1.5e-6 on weights)")
-    add("--lars-layers", metavar="REGEX", help="with --opt lars: layers that get LARS, the rest SGD (all)")
-    add("--lr-mult", metavar="REGEX=FACTOR", type=regex_factor, action="append", default=[],
-        help="multiply the rate of the layers in which REGEX is found; repeatable")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(int, 0, 10**9), default=700, help="length; 0: random features (700)")
-    length.add_argument("--epochs", type=number(int, 0, 10**9), help="the length in passes over the images")
-    add("--batch-size", type=number(int, 2), default=64, help="images per step (64)")
-    add("--size", type=number(int, 8), default=16, help="side of the views in pixels (16)")
-    add("--data", default="shapes", help="shapes, cifar10, stl10, fashion-mnist or folder:DIR (shapes)")
-    add("--data-dir", default="data", help="where cifar10, stl10 and fashion-mnist lie (data)")
-    add("--download", action="store_true", help="download the data set if it is not there")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights, order and views (0)")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
-    add("--threads", type=number(int, 1, 1024), help="CPU threads; 1 where runs share a machine (all cores)")
-    add("--sync-bn", action="store_true", help="with torchrun, on GPUs: BN statistics over all processes")
-    add("--amp", action="store_true", help="networks in bfloat16 autocast; loss and metrics stay in fp32")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    add("--profile", action="store_true", help="time the parts of a step instead of training; writes nothing")
-    add("--log-every", type=number(int, 1), default=25, help="steps between lines of metrics; powers of two too (25)")
-    add("--eval-every", type=number(int, 0), default=0, help="steps between evaluations; 0: one at the end (0)")
-    add("--checkpoint-every", type=number(int, 1), default=200, help="steps between checkpoints (200)")
-    add("--out", help="folder of the run (runs/ and the flags given)")
-    for flag in argv:
-        if flag.endswith("=--"):        # argparse would make it an empty list
-            stop(2, f"{flag[:-3]}: '--' is no value")
+
+    def add(flag, default, kind, text):
+        how = dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
+        if kind is bool:
+            how = dict(action="store_true")
+        group.add_argument(flag, default=default, help=text, **how)
+
+    group = parser.add_argument_group("model")
+    add("--enc-norm", "bn", ["bn", "gn", "gn+ws", "none"], "norm of the encoder")
+    add("--mlp-norm", "bn", list(MLP_NORMS), "norm of projection and prediction")
+    add("--proj-norm", None, list(MLP_NORMS), "norm of the projection, instead of --mlp-norm")
+    add("--pred-norm", None, list(MLP_NORMS), "norm of the prediction, instead of --mlp-norm")
+    add("--width", 8, within(int, 1, 512), "channels of layer1; y has 8 times as many")
+    add("--stem", "cifar", ["imagenet", "cifar"], "7x7 stride 2 and max-pool, or 3x3")
+    group = parser.add_argument_group("loss")
+    add("--loss", "byol", ["byol", "moco", "simclr"], "what pulls the views together")
+    add("--ema", 0.996, within(float, 0, 1), "target's share that stays at each step, on a cosine to 1")
+    group = parser.add_argument_group("optimizer")
+    add("--opt", "sgd", list(DECAY), "both with momentum 0.9")
+    add("--lars-on", "weights", ["weights", "all"], "all: biases and norms get LARS and decay too")
+    add("--lars-layers", None, str, "regular expression: only these layers get LARS, the rest SGD")
+    add("--lr", 0.2, within(float, 1e-9), "rate, not scaled by the batch, on a cosine to 0")
+    group.add_argument("--lr-mult", default=[], metavar="REGEX=FACTOR", type=regex_factor, action="append",
+                       help="multiply the rate of these layers; may be repeated")
+    add("--weight-decay", None, within(float, 0), f"unless given, {DECAY}")
+    add("--warmup", 0.0, within(float, 0, 1), "share of the run with linear warm-up")
+    group = parser.add_argument_group("run")
+    add("--steps", 1000, within(int, 0), "length of the run; 0: random features")
+    add("--epochs", None, within(int, 0), "the length in passes over the images, instead of --steps")
+    add("--batch-size", 64, within(int, 2), "images per step, of all processes")
+    add("--seed", 0, within(int, 0, 2**63 - 1), "of weights, order and views")
+    add("--device", "cpu", str, "cpu, cuda or cuda:N")
+    add("--threads", torch.get_num_threads(), within(int, 1, 1024), "1 where runs share a machine")
+    add("--sync-bn", False, bool, "with torchrun on GPUs: BN statistics over all processes")
+    add("--amp", False, bool, "networks in bfloat16; loss and metrics stay in fp32")
+    add("--compile", False, bool, "torch.compile networks and views")
+    add("--log-every", 25, within(int, 1), "steps between lines of metrics; powers of two too")
+    add("--eval-every", 0, within(int, 0), "steps between evaluations; 0: before and after")
+    add("--checkpoint-every", 200, within(int, 1), "steps between checkpoints")
+    add("--out", None, str, "folder of the run; else runs/ and the flags that differ from the defaults")
+    group = parser.add_argument_group("images")
+    add("--data", "shapes", str, "shapes, cifar10, stl10, fashion-mnist or folder:DIR")
+    add("--data-dir", "data", str, "where data sets lie and images are decoded to")
+    add("--download", False, bool, "download the data set if it is not there")
+    add("--size", 16, within(int, 8, 4096), "side of the views in pixels")
     args = parser.parse_args(argv)
+
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     for wrong, why in (
-        (args.lars_layers is not None and args.opt != "lars", "--lars-layers needs --opt lars"),
-        (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two views do not fit a queue of {QUEUE}"),
+        ("steps" in given and "epochs" in given, "--steps and --epochs exclude each other"),
+        ("lars_layers" in given and args.opt != "lars", "--lars-layers needs --opt lars"),
+        ("lars_on" in given and args.opt != "lars", "--lars-on needs --opt lars"),
+        ("pred_norm" in given and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
+        (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two overfill moco's {QUEUE}"),
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
-        (args.sync_bn and (WORLD == 1 or args.device.startswith("cpu")), "--sync-bn needs torchrun and --device cuda"),
-        (args.profile and WORLD > 1, "--profile times one process: leave torchrun away"),
+        (args.device not in devices, f"--device {args.device}: not one of {', '.join(devices)}"),
+        (args.sync_bn and (WORLD == 1 or args.device == "cpu"), "--sync-bn needs torchrun and --device cuda"),
     ):
         if wrong:
             stop(2, why)
-
-    flags = re.sub(r"[^\w.+=-]+", "_", " ".join(argv).replace("--", "")).strip("_")[:200]
-    defaults = {"proj_norm": args.mlp_norm, "pred_norm": args.mlp_norm, "out": os.path.join("runs", flags or "default")}
-    for name, value in {**OPTIMIZERS[args.opt], **defaults, "processes": WORLD}.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    follows = dict(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
+    words = [f"{name}_{given[name]}" for name in given if given[name] != follows.get(name) and name != "out"]
+    follows["out"] = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
+    for name in follows.keys() - given.keys():
+        setattr(args, name, follows[name])
     if WORLD > 1 and args.device == "cuda":
-        args.device = "cuda:" + os.environ["LOCAL_RANK"]
-    try:
-        if torch.empty(1, device=args.device).device.type not in ("cpu", "cuda"):
-            stop(2, f"--device {args.device}: neither cpu nor cuda")
-    except (RuntimeError, AssertionError) as error:
-        stop(2, f"--device {args.device}: {str(error).splitlines()[0]}")
-    if args.amp and args.device.startswith("cpu") and "bf16" not in CPUINFO:
-        print("--amp: this CPU has no bf16 instructions, so the run is in fp32")
-        args.amp = False
-    if args.threads:
-        torch.set_num_threads(args.threads)
+        args.device += ":" + os.environ["LOCAL_RANK"]
     return args
 
 
 # ------------------------------------------------------------------------ images
-
-# uint8 images (N, 3, side, side) and int64 labels (N,). Pre-training sees `pretrain` and no label.
-Images = collections.namedtuple("Images", "pretrain train train_labels test test_labels")
-FORMS = {  # fields over a cell [-1, 1] x [-1, 1] that repeats; a form is where its field is lowest
-    "disc": lambda x, y: torch.hypot(x, y),
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.65).abs(),
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()),
-    "triangle": lambda x, y: torch.maximum(0.87 * x.abs() + 0.5 * y, -y),
-    "rows": lambda x, y: y.abs(),
-    "columns": lambda x, y: x.abs(),
-    "diagonals": lambda x, y: 0.7 * fold(x + y).abs(),
-    "grid": lambda x, y: torch.minimum(x.abs(), y.abs()),
-    "net": lambda x, y: 0.7 * torch.minimum(fold(x + y).abs(), fold(x - y).abs()),
-    "checks": lambda x, y: torch.sign(x * y) * torch.maximum((x.abs() - 0.5).abs(), (y.abs() - 0.5).abs()).sub(0.5),
-}
-
-
-def fold(t):
-    return t - 2 * (t / 2).round()
+# uint8 images (N, 3, side, side) and labels (N,). Pre-training sees all of `train` and no label; the labelled
+# ones come first. `digest` tells whether a resumed run has the images it began with.
+Images = collections.namedtuple("Images", "train train_labels test test_labels digest")
+DATASETS = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}
+FORMS = """
+........ ..####.. ...##... ######## ####.... ####.... ####.... ##....## ..####.. .######.
+..####.. .##..##. ...##... ######## ####.... .####... ####.... ###..### ..####.. .######.
+.######. ##....## ..####.. ######## ####.... ..####.. ####.... ######## ######## .##..##.
+.######. ##....## ..####.. ######## ####.... ...####. ####.... .######. ######## .##..##.
+.######. ##....## .######. ........ ####.... ....#### ....#### ..####.. ..####.. .######.
+.######. ##....## .######. ........ ####.... #....### ....#### ...##... ..####.. .######.
+..####.. .##..##. ######## ........ ####.... ##....## ....#### ........ ........ ........
+........ ..####.. ######## ######## ####.... ###....# ....#### ........ ........ ........
+"""
 
 
 def draw_shapes(per_class, seed, side=32):
-    """`per_class` images of each of FORMS: uint8 (N, 3, side, side), labels (N,).
+    """`per_class` images of each of FORMS, repeated in all directions: uint8 (N, 3, side, side), labels (N,).
+    The form makes the class. What else shows in every crop of an image, such as contrast, is easier to
+    predict than the form and would be learned instead, so it hardly varies."""
+    forms = torch.tensor([[pixel == "#" for pixel in row] for row in FORMS.split()])
+    forms = forms.view(8, -1, 8).transpose(0, 1).float()
+    labels = torch.arange(len(forms)).repeat_interleave(per_class)
+    n, rng = len(labels), torch.Generator().manual_seed(seed)
 
-    The form alone makes the class: its position, size and tilt, the colours, the mottled ground and the noise are drawn
-    alike for all classes. Light on dark, contrast and area are the same in every image, for what varies from image to
-    image and shows in every crop, such as contrast, is easier to predict than the form and is then learned instead.
-    """
-    n, rng, images = per_class, torch.Generator().manual_seed(seed), []
-    uniform = uniform_from(n, rng)
-    grid = (torch.arange(side) + 0.5) / side * 2 - 1
-    for field in FORMS.values():
-        cell, tilt = uniform(0.95, 1.1, 1, 1), uniform(-0.15, 0.15, 1, 1)             # side of a cell over the image's
-        x = (tilt.cos() * grid + tilt.sin() * grid[:, None]) / cell + uniform(-1, 1, 1, 1)
-        y = (tilt.cos() * grid[:, None] - tilt.sin() * grid) / cell + uniform(-1, 1, 1, 1)
-        height = field(fold(x), fold(y))
-        level = height.flatten(1).kthvalue(int(0.43 * side**2)).values[:, None, None]    # every form covers as much
-        form = (0.5 - (height - level) * cell * side / 2).clamp(0, 1)[:, None]        # antialiased: 1 inside, 0 outside
-        contrast = 0.4 + uniform(-0.05, 0.05, 3, 1, 1)
-        ground = uniform(0.45, 0.55, 1, 1, 1) + F.interpolate(uniform(-0.05, 0.05, 3, 3, 3), side, mode="bicubic")
-        image = ground + contrast * (form - 0.5) + 0.03 * torch.randn(n, 3, side, side, generator=rng)
-        images.append((image.clamp(0, 1) * 255).byte())
-    return torch.cat(images), torch.arange(len(FORMS)).repeat_interleave(n)
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=rng)
 
-
-class ImageFile:
-    """uint8 images (N, 3, side, side) in a raw file, read like a tensor by a slice or an index tensor. Each access maps
-    the file anew, so that pages read earlier do not pile up in this process's memory."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, path, shape, skip=0):
-        self.file, self.shape, self.offset = open(path, "rb"), torch.Size(shape), skip * math.prod(shape[1:])
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, index):
-        images = np.memmap(self.file, np.uint8, "r", self.offset, self.shape)
-        return torch.from_numpy(np.array(images[index]))
+    scale, tilt = uniform(0.9, 1.05) / 3, uniform(-0.15, 0.15)      # a third: three by three forms are drawn
+    turn = torch.stack([tilt.cos(), -tilt.sin(), tilt.sin(), tilt.cos()], 1).view(n, 2, 2)
+    moved = torch.cat([scale[:, None, None] * turn, uniform(-1 / 3, 1 / 3, 2, 1)], 2)
+    grid = F.affine_grid(moved, (n, 1, side, side), align_corners=False)
+    form = F.grid_sample(forms.tile(3, 3)[labels][:, None], grid, mode="bilinear", align_corners=False)
+    ground = uniform(0.45, 0.55, 1, 1, 1) + F.interpolate(uniform(-0.05, 0.05, 3, 3, 3), side, mode="bicubic")
+    noise = 0.03 * torch.randn(n, 3, side, side, generator=rng)
+    image = ground + (0.4 + uniform(-0.05, 0.05, 3, 1, 1)) * (form - 0.5) + noise
+    return (image.clamp(0, 1) * 255).byte(), labels
 
 
-def picture(path):
+def open_image(path):
+    """The image file as RGB; ValueError if it is none."""
     try:
-        return datasets.folder.pil_loader(path)             # converts any mode to RGB
-    except (OSError, SyntaxError, ValueError) as error:
+        image = Image.open(path)
+        if image.mode.startswith("I"):          # 16-bit gray, which Pillow would clip to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from None
 
 
 def open_folder(root):
-    """DIR/train/CLASS/*, DIR/unlabeled/*, which may be missing, and DIR/test/CLASS/*: three data sets."""
+    """Data sets root/train/CLASS/*, root/unlabeled/* if there is one, root/test/CLASS/*, and all paths."""
     try:
-        train, test = (datasets.ImageFolder(os.path.join(root, split), loader=picture) for split in ("train", "test"))
+        train = datasets.ImageFolder(f"{root}/train", loader=open_image)
+        test = datasets.ImageFolder(f"{root}/test", loader=open_image)
     except OSError as error:
         stop(2, f"--data folder:{root}: {error}; it needs train/CLASS/* and test/CLASS/* images")
-    if len(train.classes) < 2:
-        stop(2, f"--data folder:{root}: train has one class, {train.classes[0]}; the evaluation needs two")
-    for name in set(train.classes) ^ set(test.classes):
-        stop(2, f"--data folder:{root}: class {name} is in one of train and test only")
-    unlabeled, paths = copy.copy(train), sorted(map(str, Path(root, "unlabeled").glob("*")))
-    unlabeled.samples = [(path, 0) for path in paths if path.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
-    return train, unlabeled, test
+    if len(train.classes) < 2 or train.classes != test.classes:
+        stop(2, f"--data folder:{root}: train and test need the same classes, two or more")
+    every = datasets.ImageFolder(root, loader=open_image, allow_empty=True)
+    names = [every.classes[target] for target in every.targets]
+    unlabeled = Subset(every, [i for i, name in enumerate(names) if name == "unlabeled"])
+    left_out = sum(len(files) for *_, files in os.walk(root)) - len(train) - len(unlabeled) - len(test)
+    if left_out:
+        print(f"{root}: {left_out} files left out: no images, by their endings, or in no class's folder")
+    return train, unlabeled, test, [path for path, _ in every.samples]
 
 
 def open_torchvision(name, root, download):
-    """The same of cifar10, stl10 or fashion-mnist, in torchvision's format in `root`."""
-    dataset = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}[name]
-    splits = ("train", "test") if name == "stl10" else (True, False)
+    """The same of cifar10, stl10 or fashion-mnist, whose files torchvision checks itself."""
+    splits = ("train", "unlabeled", "test") if name == "stl10" else (True, False)
     try:
-        train, test = (dataset(root, split, download=download) for split in splits)
+        train, *unlabeled, test = (DATASETS[name](root, split, download=download) for split in splits)
     except (RuntimeError, OSError) as error:
-        if download:
-            stop(1, f"--data {name}: cannot download to {root}: {error}")
-        stop(2, f"--data {name}: not found in {root}; add --download, or name its folder with --data-dir")
-    unlabeled = copy.copy(train)
-    unlabeled.data = train.data[:0]
-    if name == "stl10":         # mapped: torchvision would read 3 GB
-        source = os.path.join(root, train.base_folder, "unlabeled_X.bin")
-        unlabeled.data = np.memmap(source, np.uint8, "r").reshape(-1, 3, 96, 96).swapaxes(2, 3)    # it holds columns
-        unlabeled.labels, train.targets, test.targets = np.zeros(len(unlabeled.data), int), train.labels, test.labels
-    return train, unlabeled, test
+        stop(2, f"--data {name}: {error} in {root}; name another --data-dir, or --download it")
+    return train, unlabeled[0] if unlabeled else Subset(train, []), test, []
 
 
-def decode_once(dataset, side, files, folder):
-    """The path of a raw file of all images of `dataset`, resized by the shorter side and centre-cropped where they are
-    not `side` wide and high. It is made in `folder` if it is not yet there or the `files` that hold the images have
-    changed; a second run that wants the same waits for the first."""
-    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    path = os.path.join(folder, hashlib.sha256(repr((stats, side)).encode()).hexdigest()[:16])
-
-    def decode(i):
+def decode(dataset, side, path):
+    """Write a data set as .npy, uint8 (N, 3, side, side); other sizes are resized and centre-cropped."""
+    def pixels(i):
         image = dataset[i][0]
         if image.size != (side, side):
             image = TF.center_crop(TF.resize(image, side), side)
-        return TF.pil_to_tensor(image.convert("RGB")).numpy().tobytes()
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes()
 
-    def write(file):
-        with ThreadPool() as pool:                          # Pillow decodes without holding the GIL
-            for i, image in enumerate(pool.imap(decode, range(len(dataset)), chunksize=64), 1):
-                file.write(image)
-                if i % 10000 == 0 or i == len(dataset):
-                    print(f"decoded {i:,} of {len(dataset):,} images to {side} x {side}", flush=True)
-
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.exists(path):
-            for stale in set(os.listdir(folder)) - {"lock"}:
-                os.remove(os.path.join(folder, stale))
-            write_whole(path, write)
-    return path
+    print(f"decoding {len(dataset):,} images to {side} x {side}", flush=True)
+    header = dict(descr="|u1", fortran_order=False, shape=(len(dataset), 3, side, side))
+    with written_whole(path) as file, ThreadPoolExecutor() as pool:     # Pillow decodes outside the GIL
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(dataset), 1024):                      # no more in memory at a time
+            file.writelines(pool.map(pixels, range(start, min(start + 1024, len(dataset)))))
 
 
-def load_images(data, data_dir, download, size):
-    """The images of --data. All but the embedded ones are decoded once, into `data_dir`, and mapped from there: as they
-    are where they are square and of one size, else resized and cropped to `size`."""
-    if data == "shapes":
-        train, labels = draw_shapes(1000, seed=0)
-        return Images(train, train, labels, *draw_shapes(200, seed=1))
-    root = os.path.abspath(data.removeprefix("folder:"))
-    if data.startswith("folder:"):
-        splits = open_folder(root)
-        folder = f"{os.path.basename(root)}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
-        files = [path for split in splits for path, _ in split.samples]
-    elif data in ("cifar10", "stl10", "fashion-mnist"):
-        splits, folder, files = open_torchvision(data, data_dir, download), data, []
+def load_images(args):
+    """The Images of --data. All but `shapes` are decoded once, into --data-dir, and mapped from there: as
+    they are where they are square and of one size, else resized and cropped to --size."""
+    if args.data == "shapes":
+        return Images(*draw_shapes(1000, seed=0), *draw_shapes(200, seed=1), args.data)
+    if args.data.startswith("folder:"):
+        train, unlabeled, test, paths = open_folder(args.data[7:] or "no folder named")
+    elif args.data in DATASETS:
+        train, unlabeled, test, paths = open_torchvision(args.data, args.data_dir, args.download)
     else:
-        stop(2, f"--data {data}: not shapes, cifar10, stl10, fashion-mnist or folder:DIR")
-    dataset = ConcatDataset(splits)
-    train, pretrain, n = dataset.cumulative_sizes           # where each split ends
-    try:
-        sides = {side for i in range(0, n, n // 100 + 1) for side in dataset[i][0].size}        # a hundred images tell
-        side = sides.pop() if len(sides) == 1 else size
-        path = decode_once(dataset, side, files, os.path.join(data_dir, "decoded", folder))
-    except ValueError as error:
-        stop(1, f"--data {data}: {error}")
-    part = lambda start, end: ImageFile(path, (end - start, 3, side, side), start)
-    labels = [torch.as_tensor(split.targets).long() for split in (splits[0], splits[2])]
-    return Images(part(0, pretrain), part(0, train), labels[0], part(pretrain, n), labels[1])
+        stop(2, f"--data {args.data}: not shapes, {', '.join(DATASETS)} or folder:DIR")
+    dataset = ConcatDataset([train, unlabeled, test])
+    sides = {side for i in range(0, len(dataset), len(dataset) // 100 + 1) for side in dataset[i][0].size}
+    side = sides.pop() if len(sides) == 1 else args.size                # a hundred images tell
+    stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
+    digest = hashlib.sha256(repr((args.data, side, stats)).encode()).hexdigest()[:16]
+    decoded = Path(args.data_dir, "decoded", f"{digest}.npy")
+    if RANK == 0 and not decoded.exists():
+        decoded.parent.mkdir(parents=True, exist_ok=True)
+        decode(dataset, side, decoded)
+    if WORLD > 1:
+        dist.barrier()
+    pixels = torch.from_numpy(np.load(decoded, mmap_mode="c"))
+    pixels = pixels.split([len(dataset) - len(test), len(test)])
+    labels = [split.labels if args.data == "stl10" else split.targets for split in (train, test)]
+    return Images(pixels[0], torch.as_tensor(labels[0]), pixels[1], torch.as_tensor(labels[1]), digest)
 
 
 # ------------------------------------------------------------------------ views
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)                   # RandomResizedCrop: area and aspect ratio
+P_FLIP, P_JITTER, P_GRAY, P_BLUR = 0.5, 0.8, 0.2, 0.5
+JITTER = dict(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.1, 0.1))
+SIGMA, REACH = (0.1 / 96, 2.0 / 96), 6 / 96                 # blur, over the view's side: 13 pixels at 96
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, per channel
 
-@torch.inference_mode()
-def draw_view(n, side, size, rng):
-    """The random parameters of one view of n square images, drawn on the CPU with torchvision's distributions. Crops
-    are RandomResizedCrop's: the first of ten tries that fits, else the whole image. An operation that is not applied
-    gets the parameter that changes nothing. The order of the jitter is drawn once per batch."""
-    uniform, chance = uniform_from(n, rng), lambda p: torch.rand(n, generator=rng) < p
-    area = side * side * uniform(*SCALE, 10)
-    ratio = uniform(math.log(RATIO[0]), math.log(RATIO[1]), 10).exp()
-    tries = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).round()           # (n, 2, 10): height, width
-    fits = (tries <= side).all(1)
-    extent = torch.where(fits.any(1)[:, None], tries[torch.arange(n), :, fits.int().argmax(1)], side)
-    start = (uniform(0, 1, 2) * (side - extent + 1)).floor()
-    apply = chance(P_JITTER)
-    params = {"start": start, "extent": extent, "flip": chance(P_FLIP)}
-    low, span, still = JITTER_RANGE
-    params |= zip(JITTER, torch.where(apply, low + span * torch.rand(len(JITTER), n, generator=rng), still))
-    params["gray"] = chance(P_GRAY)
-    params["sigma"] = torch.where(chance(P_BLUR), size * uniform(*BLUR_SIGMA), 0.0)
-    return params, [list(JITTER)[i] for i in torch.randperm(len(JITTER), generator=rng).tolist()]
+
+def draw_views(n, side, size, rng):
+    """Random parameters of n views, {name: (n,)}, distributed as torchvision's, and the order of the jitter,
+    one for all. What is not applied gets the parameter that changes nothing."""
+    area = side**2 * rng.uniform(*SCALE, (n, 10))
+    ratio = np.exp(rng.uniform(*np.log(RATIO), (n, 10)))
+    tries = np.sqrt([area / ratio, area * ratio]).round()           # heights and widths, (2, n, 10)
+    fits = (tries <= side).all(0)
+    first = tries[:, np.arange(n), fits.argmax(1)]                  # of ten tries the first that fits
+    height, width = np.where(fits.any(1), first, side)
+    params = dict(height=height, width=width, flip=rng.random(n) < P_FLIP)
+    params["top"] = np.floor(rng.random(n) * (side - height + 1))
+    params["left"] = np.floor(rng.random(n) * (side - width + 1))
+    jittered = rng.random(n) < P_JITTER
+    for name, limits in JITTER.items():
+        params[name] = np.where(jittered, rng.uniform(*limits, n), name != "hue")
+    params["gray"] = rng.random(n) < P_GRAY
+    params["sigma"] = np.where(rng.random(n) < P_BLUR, size * rng.uniform(*SIGMA, n), 0)
+    return params, [list(JITTER)[i] for i in rng.permutation(len(JITTER))]
 
 
 def resize_matrix(start, extent, side, size):
-    """(..., size, side) rows that resize pixels [start, start + extent) of `side` to `size`: bilinear with antialiasing,
-    by the weights of torch's `upsample_bilinear2d`, which RandomResizedCrop calls. start and extent: (...)."""
+    """(..., size, side) matrices that resize pixels [start, start + extent), (...) each, of `side` to `size`,
+    as torch's antialiased `upsample_bilinear2d` does, which RandomResizedCrop calls."""
     start, extent = start[..., None, None], extent[..., None, None]
-    pixel, scale = torch.arange(side, device=start.device), extent / size
+    pixel = torch.arange(side, device=start.device)
+    scale = extent / size
     centre = start + scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
     weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
     weight = weight * ((pixel >= start) & (pixel < start + extent))
@@ -391,151 +325,120 @@ def resize_matrix(start, extent, side, size):
 
 
 def separable(images, rows, columns):
-    """rows @ channel @ columns^T for each channel of (N, C, H, W) images, matrices (N, H', H) and (N, W', W)."""
-    n, c, h, w = images.shape
-    x = images.reshape(n, c * h, w) @ columns.mT                # channels folded: one product an image, not three
-    x = rows @ x.view(n, c, h, -1).transpose(1, 2).reshape(n, h, -1)
-    return x.view(n, rows.shape[1], c, -1).transpose(1, 2)
+    """rows @ channel @ columns^T for each channel of images (N, C, H, W); (N, H', H) and (N, W', W)."""
+    return torch.einsum("nyh,nchw,nxw->ncyx", rows, images, columns)
 
 
 def resized_crop(images, start, extent, flip, size):
-    """Crop, resize and flip each image: (N, 3, side, side) -> (N, 3, size, size)."""
-    rows, columns = resize_matrix(start.T, extent.T, images.shape[-1], size)
-    return separable(images, rows, torch.where(flip[:, None, None], columns.flip(1), columns))
+    """Crop, resize and flip each image: uint8 (N, 3, side, side) -> (N, 3, size, size) in [0, 1]."""
+    rows, columns = resize_matrix(start, extent, images.shape[-1], size)
+    columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
+    return separable(images / 255, rows, columns)
 
 
-def grayscale(images):
-    r, g, b = images.split(1, dim=1)
-    return 0.2989 * r + 0.587 * g + 0.114 * b                   # torchvision's rgb_to_grayscale
+def adjust_hue(images, turns):
+    """Rotate the hue by `turns`, (N, 1, 1, 1), through HSV as torchvision's adjust_hue does."""
+    value, strongest = images.max(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    slope = (images.roll(-1, 1) - images.roll(1, 1)).gather(1, strongest) / chroma.clamp_min(1e-12)
+    offset = torch.arange(5, 0, -2, device=images.device)[:, None, None]    # of red, green, blue, in sixths
+    k = (2 * strongest + slope + offset + 6 * turns) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def adjust_hue(images, shift):
-    """Rotate the hue by `shift` turns, (N, 1, 1, 1), through HSV as torchvision's adjust_hue does."""
-    r, g, b = images.split(1, dim=1)
-    value = r.maximum(g).maximum(b)
-    chroma = value - r.minimum(g).minimum(b)
-    c = chroma.clamp_min(1e-12)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)) / 6
-    k = hue + shift + per_channel((5 / 6, 3 / 6, 1 / 6), images.device)
-    k.sub_(k.floor()).mul_(6)
-    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-
-def jitter(images, params, order):
-    """ColorJitter with one factor per image and operation; images in [0, 1]."""
-    for name in order:
-        factor = params[name][:, None, None, None]
-        if name == "hue":
-            images = adjust_hue(images, factor)
-        elif name == "brightness":
-            images = (images * factor).clamp_(0, 1)
-        else:
-            gray = grayscale(images)
-            base = gray.mean((2, 3), keepdim=True) if name == "contrast" else gray
-            images = torch.lerp(base, images, factor).clamp_(0, 1)
-    return images
-
-
-@functools.lru_cache
-def blur_taps(size, device):
-    """The taps' offsets in pixels, (taps,), and the blur matrix that each alone would make, (taps, size * size). They
-    reach three of the largest sigmas: 13 pixels at 96 px, as many as torchvision's GaussianBlur(13)."""
-    radius = math.ceil(BLUR_REACH * size)
-    offset = torch.arange(-radius, radius + 1, device=device)
-    source = (torch.arange(size, device=device) + offset[:, None]).abs()
-    source = size - 1 - (size - 1 - source).abs()                                 # (taps, size): reflected pixel
-    return offset, F.one_hot(source, size).float().flatten(1)
+def adjust(images, name, factor):
+    """One operation of ColorJitter with a factor for each image, (N,); images in [0, 1]."""
+    factor = factor[:, None, None, None]
+    if name == "hue":
+        return adjust_hue(images, factor)
+    if name == "brightness":
+        return (images * factor).clamp(0, 1)
+    other = TF.rgb_to_grayscale(images)
+    if name == "contrast":
+        other = other.mean((2, 3), keepdim=True)
+    return torch.lerp(other, images, factor).clamp(0, 1)
 
 
 def gaussian_blur(images, sigma):
-    """Blur with one sigma per image, the border reflected; sigma 0 changes nothing."""
+    """Blur with one sigma for each image, (N,), the border reflected; sigma 0 changes nothing."""
     size = images.shape[-1]
-    offset, taps = blur_taps(size, images.device)
+    radius = math.ceil(REACH * size)
+    offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma.clamp_min(1e-3)[:, None]) ** 2)
-    matrix = (kernel / kernel.sum(1, keepdim=True) @ taps).view(-1, size, size)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    padded = F.pad(torch.eye(size, device=images.device), (radius, radius), "reflect")
+    matrix = torch.einsum("nt,wxt->nxw", kernel, padded.unfold(1, 2 * radius + 1, 1))
     return separable(images, matrix, matrix)
 
 
-@functools.lru_cache
-def per_channel(values, device):
-    """(3, 1, 1), made once: a copy to the device in every step would wait for it."""
-    return torch.tensor(values, device=device)[:, None, None]
-
-
 def normalize(images):
-    return (images - per_channel(MEAN, images.device)) / per_channel(STD, images.device)
+    """ImageNet's normalization, by channels: a vector of constants would be copied to a GPU in every step."""
+    channels = [(images[:, i] - mean) / std for i, (mean, std) in enumerate(zip(MEAN, STD))]
+    return torch.stack(channels, -1).permute(0, 3, 1, 2)            # channels_last
 
 
-@torch.inference_mode()
-def make_view(images, params, order, size):
-    """One random view of each uint8 image: (N, 3, side, side) -> float (N, 3, size, size), normalized."""
-    x = resized_crop(images / 255, params["start"], params["extent"], params["flip"], size)
-    x = jitter(x, params, order)
-    x = torch.where(params["gray"][:, None, None, None], grayscale(x), x)
-    return normalize(gaussian_blur(x, params["sigma"]))
+@torch.no_grad()
+def make_views(images, params, order, args):
+    """A view of each image, uint8 (N, 3, side, side) -> (N, 3, size, size), by draw_views' parameters."""
+    compiled = torch.compile if args.compile else lambda function: function
+    start = torch.stack([params["top"], params["left"]])
+    extent = torch.stack([params["height"], params["width"]])
+    x = compiled(resized_crop)(images, start, extent, params["flip"], args.size)
+    for name in order:
+        x = compiled(adjust)(x, name, params[name])
+    x = torch.where(params["gray"][:, None, None, None] > 0, TF.rgb_to_grayscale(x), x)
+    return normalize(compiled(gaussian_blur)(x, params["sigma"]))
 
 
 @functools.lru_cache(maxsize=1)
 def image_order(n, seed, epoch):
-    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
+    return torch.from_numpy(np.random.default_rng([seed, 0, epoch]).permutation(n))
 
 
-def draw_views(images, step, args, lap):
-    """Both views of this process's share of the batch of step 0, 1, ..., one after the other, on the device:
-    (2 * batch / processes, 3, size, size). They are drawn for the whole batch, so that every number of processes trains
-    on the same ones."""
-    epoch, batch = divmod(step, len(images) // args.batch_size)
-    share = slice(RANK * args.batch_size // WORLD, (RANK + 1) * args.batch_size // WORLD)
-    chosen = image_order(len(images), args.seed, epoch)[batch * args.batch_size :][share]
+def load_views(images, step, args):
+    """Both views, one after the other, of this process's share of the batch of step 0, 1, ...:
+    (2N, 3, size, size). Any number of processes trains on the same views."""
+    batch = args.batch_size
+    share = slice(RANK * batch // WORLD, (RANK + 1) * batch // WORLD)
+    epoch, place = divmod(step, len(images) // batch)
+    chosen = image_order(len(images), args.seed, epoch)[place * batch :][share]
     x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
-    lap("images")
-    some = len(x) if x.is_cuda else 1 + 2**19 // (3 * args.size**2)         # as many as stay in a CPU's cache
-    rng, threads, views = generator(args.seed, VIEWS, step), torch.get_num_threads(), []
-    torch.set_num_threads(1)        # torch would wake the others for 5,000 numbers, and wait 10 ms where a core is busy
-    drawn = [draw_view(args.batch_size, x.shape[-1], args.size, rng) for _ in range(2)]
-    torch.set_num_threads(threads)
-    for params, order in drawn:
-        params = {name: t[share].to(args.device, non_blocking=True) for name, t in params.items()}
-        for start in range(0, len(x), some):
-            part = slice(start, start + some)
-            views.append(make_view(x[part], {name: t[part] for name, t in params.items()}, order, args.size))
-    return torch.cat(views).contiguous(memory_format=torch.channels_last)
+    rng = np.random.default_rng([args.seed, 1, step])
+    params, order = draw_views(2 * batch, x.shape[-1], args.size, rng)
+    table = torch.from_numpy(np.stack(list(params.values()), dtype=np.float32))
+    table = table.view(-1, 2, batch)[:, :, share].flatten(1).to(args.device, non_blocking=True)
+    return make_views(x.repeat(2, 1, 1, 1), dict(zip(params, table)), order, args)
 
 
 # ------------------------------------------------------------------------ networks
+def per_view(norm):
+    """A batch normalization for a batch of two views, one after the other, each with its own statistics."""
+    class PerView(norm):
+        def forward(self, x):
+            if not self.training:
+                return super().forward(x)
+            return torch.cat([super(PerView, self).forward(view) for view in x.chunk(2)])
+    return PerView
+
 
 def mlp(features, norm):
-    """The projection or the prediction: (N, features) -> (N, 128)."""
-    layers = nn.Linear(features, HIDDEN), MLP_NORMS[norm](HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, PROJECTION)
-    return nn.Sequential(*layers)
-
-
-class PerView:
-    """Batch normalization of a batch that holds two views, one after the other, each with its own statistics."""
-
-    def forward(self, x):
-        return torch.cat([super(PerView, self).forward(view) for view in x.chunk(2 if self.training else 1)])
-
-
-PER_VIEW = {norm: type(norm.__name__, (PerView, norm), {})
-            for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)}
+    """The projection or the prediction, (N, features) -> (N, 128): up to its hidden units, and the rest."""
+    hidden = nn.Sequential(nn.Linear(features, 512), norm(512), nn.ReLU(inplace=True))
+    return nn.Sequential(hidden, nn.Linear(512, 128))
 
 
 class Network(nn.Module):
-    """views v -> representations y -> projections z -> predictions q(z); the contrastive losses have no prediction.
-
-    In training the batch holds both views, (2N, 3, size, size), so that they share each pass through the convolutions.
-    """
+    """views v -> representations y -> projections z -> predictions q(z); contrastive losses have no
+    prediction. In training the batch holds both views, (2N, 3, size, size), so that they share each pass."""
 
     def __init__(self, args):
         super().__init__()
-        self.encoder = resnet18(args.enc_norm, args.width, args.stem)
-        self.projection = mlp(8 * args.width, args.proj_norm)
-        self.prediction = mlp(PROJECTION, args.pred_norm) if args.loss == "byol" else nn.Identity()
-        if args.sync_bn:
-            nn.SyncBatchNorm.convert_sync_batchnorm(self)
-        for module in self.modules():
-            module.__class__ = PER_VIEW.get(type(module), type(module))
+        mlp_bn = per_view(nn.SyncBatchNorm if args.sync_bn else nn.BatchNorm1d)
+        enc_bn = per_view(nn.SyncBatchNorm if args.sync_bn else nn.BatchNorm2d)
+        norms = {**MLP_NORMS, "bn": mlp_bn}
+        self.encoder = resnet18(enc_bn if args.enc_norm == "bn" else args.enc_norm, args.width, args.stem)
+        self.projection = mlp(8 * args.width, norms[args.proj_norm])
+        self.prediction = mlp(128, norms[args.pred_norm]) if args.loss == "byol" else nn.Identity()
 
     def forward(self, views):
         y = self.encoder(views)
@@ -544,137 +447,152 @@ class Network(nn.Module):
 
 
 def make_target(online, loss):
-    """The slowly moving copy: encoder and projection, and moco's queue. It stays in train mode, so BN uses the batch's
-    statistics, and its running averages, which the EMA does not touch, are never read."""
+    """The slowly moving copy: encoder and projection, and moco's queue. It stays in train mode, so that BN's
+    running averages, which the EMA does not touch, are never read."""
     target = copy.deepcopy(online).requires_grad_(False)
     target.prediction = nn.Identity()
     if loss == "moco":
-        target.register_buffer("queue", unit(torch.randn(QUEUE, PROJECTION)))
+        target.register_buffer("queue", unit(torch.randn(QUEUE, 128)))
     return target
 
 
 @torch.no_grad()
 def update_target(target, online, tau):
     """target = tau * target + (1 - tau) * online (BYOL, arXiv 2006.07733, equation 1)."""
-    own = parameters(target)
-    torch._foreach_lerp_(own, parameters(online)[: len(own)], 1 - tau)
+    slow, fast = list(target.parameters()), list(online.parameters())
+    torch._foreach_lerp_(slow, fast[: len(slow)], 1 - tau)          # the prediction comes last
 
 
-@functools.lru_cache(maxsize=2)
-def parameters(network):
-    """Those of online and target, listed once: to walk the modules takes longer than the EMA itself."""
-    return list(network.parameters())
-
-
-# ------------------------------------------------------------------------ loss
-
+# ------------------------------------------------------------------------ losses
 def unit(x):
     return F.normalize(x, dim=1)
 
 
 def byol_loss(q, z_target):
-    """Squared distance of the unit vectors, mean over the batch, in [0, 4]: equal to 2 - 2 cos (BYOL, equation 2),
-    without the rounding that drowns the latter when both agree."""
-    return (unit(q) - unit(z_target)).square().sum(1).mean()
+    """1 - cos(q, z'), mean over the batch: BYOL, equation 2, halved as in the blog's code. The squared
+    distance of the unit vectors gives it without the rounding in which a cosine close to 1 drowns."""
+    return (unit(q) - unit(z_target)).square().sum(1).mean() / 2
 
 
-def moco_loss(q, z_target, queue):
-    """InfoNCE of q against its own target and `queue` (K, 128) of unit vectors (MoCo, arXiv 1911.05722, equation 1)."""
+def moco_loss(q, z_target, queue, temperature=0.2):
+    """InfoNCE of q against its own target and `queue`, (K, 128) unit vectors (MoCo, arXiv 1911.05722)."""
     q = unit(q)
     positive = (q * unit(z_target)).sum(1, keepdim=True)
-    logits = torch.cat([positive, q @ queue.T], 1) / TEMPERATURE
+    logits = torch.cat([positive, q @ queue.T], 1) / temperature
     return -logits.log_softmax(1)[:, 0].mean()
 
 
-def simclr_loss(q1, q2):
+def simclr_loss(q1, q2, temperature=0.2):
     """NT-Xent over the 2N views of the batch (SimCLR, arXiv 2002.05709, equation 1)."""
-    q, n = unit(torch.cat([q1, q2])), len(q1)
-    logits = (q @ q.T / TEMPERATURE).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=q.device), -math.inf)
-    return F.cross_entropy(logits, torch.arange(2 * n, device=q.device).roll(n))
+    q = unit(torch.cat([q1, q2]))
+    itself = torch.eye(len(q), dtype=torch.bool, device=q.device)
+    logits = (q @ q.T / temperature).masked_fill(itself, -math.inf)
+    return F.cross_entropy(logits, torch.arange(len(q), device=q.device).roll(len(q1)))
 
 
 # ------------------------------------------------------------------------ collapse metrics
-
 @torch.no_grad()
 def collapse_metrics(y1, z1, y2, z2):
-    """How far apart a batch's images lie, (N, d) each; dict of floats. pos_cos is the mean cosine of z over the two
-    views of an image, neg_cos that over all pairs of different images in one view, rep_dist 1 - neg_cos; z_std, y_std
-    and y_rank (RankMe, arXiv 2210.02885) are 0, 0 and 1 at collapse. Cosines come from squared differences, which stay
-    exact where 1 - cos is smaller than rounding."""
+    """How far apart a batch's images lie, from y and z of its two views, (N, d) each: {name: float}.
+
+    rep_dist, the representation distance, is 1 - the mean cosine of z over all pairs of different images;
+    common is the share of z's variation that the two views of an image have in common; z_std and y_std, of
+    unit vectors, are 1 for an even spread and 0 at collapse; y_rank is RankMe (arXiv 2210.02885). They come
+    from squared distances, which stay exact where 1 - cos is smaller than rounding.
+    """
+    z_norm = torch.cat([z1, z2]).norm(dim=1).mean()
     y1, z1, y2, z2 = (unit(t.float()) for t in (y1, z1, y2, z2))
-    variance = sum((z - z.mean(0)).square().sum(1).mean() for z in (z1, z2)) / 2
-    rep_dist = variance * len(z1) / (len(z1) - 1)
+    strangers = z1.var(0).sum() + z2.var(0).sum()       # mean squared distance of two images' z
+    views = (z1 - z2).square().sum(1).mean()            # and of the two views of one image
     share = torch.linalg.svdvals(y1)
     metrics = {
-        "pos_cos": 1 - (z1 - z2).square().sum(1).mean() / 2,
-        "neg_cos": 1 - rep_dist,
-        "rep_dist": rep_dist,
-        "z_std": (z1.std(0).mean() + z2.std(0).mean()) / 2 * z1.shape[1] ** 0.5,
-        "y_std": (y1.std(0).mean() + y2.std(0).mean()) / 2 * y1.shape[1] ** 0.5,
+        "pos_cos": 1 - views / 2,
+        "neg_cos": 1 - strangers / 2,
+        "rep_dist": strangers / 2,
+        "common": (strangers - views) / strangers.clamp_min(1e-30),
+        "z_norm": z_norm,
+        "z_std": (z1.std(0) + z2.std(0)).mean() / 2 * z1.shape[1] ** 0.5,
+        "y_std": (y1.std(0) + y2.std(0)).mean() / 2 * y1.shape[1] ** 0.5,
         "y_rank": torch.special.entr(share / share.sum()).sum().exp(),
     }
-    return {name: value.item() for name, value in metrics.items()}
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
 
 
 def collapse_state(state, rep_dist):
-    """The state of a run in words, from the state before and the representation distance now: `collapsed` once that
-    falls under COLLAPSED, `recovered` when it then rises over RECOVERED, `healthy` if it never fell."""
-    if rep_dist < COLLAPSED or state == "collapsed" and rep_dist <= RECOVERED:
+    """A run's state in words, from that before and the distance now: `collapsed` once it falls under 0.001,
+    `recovered` when it then rises over 0.01, `healthy` if it never fell."""
+    stays_down = state == "collapsed" and rep_dist <= 1e-2
+    if rep_dist < 1e-3 or stays_down:
         return "collapsed"
     return "recovered" if state in ("collapsed", "recovered") else "healthy"
 
 
-LAYERS = {"stem": "encoder.conv1.", **{f"layer{i}": f"encoder.layer{i}." for i in (1, 2, 3, 4)},
-          "projection": "projection.", "prediction": "prediction."}
-
-
 @torch.no_grad()
 def layer_metrics(online, optimizer):
-    """Per layer group, over its weights (biases and norms left out), after a step: norm of the gradient and of the
-    weights, largest weight over its tensor's rms, and the mean local LARS rate (None without LARS)."""
-    rates, layers = getattr(optimizer, "rates", {}), {}
-    for layer, prefix in LAYERS.items():
-        weights = {n: p for n, p in online.named_parameters() if n.startswith(prefix) and p.ndim > 1}
-        if weights:
-            local = [rates[name] for name in weights if name in rates]
-            peaks = [p.abs().max() / p.square().mean().sqrt().clamp_min(1e-30) for p in weights.values()]
-            layers[layer] = {
-                "grad_norm": torch.stack([p.grad.norm() for p in weights.values()]).norm().item(),
-                "weight_norm": torch.stack([p.norm() for p in weights.values()]).norm().item(),
-                "max_over_rms": torch.stack(peaks).max().item(),
-                "lars_rate": torch.stack(local).mean().item() if local else None,
-            }
+    """Of the weights (no biases, no norms) of stem, layer1, ..., prediction, after a step: norm of gradient
+    and weights, the largest weight over its tensor's rms, the mean local LARS rate (None without LARS)."""
+    rates, layers = getattr(optimizer, "rates", {}), collections.defaultdict(dict)
+    for name, p in online.named_parameters():
+        if p.ndim > 1:
+            layer = name.removeprefix("encoder.").split(".")[0].replace("conv1", "stem")
+            layers[layer][name] = p
+    for layer, weights in layers.items():
+        p = list(weights.values())
+        local = [rates[name] for name in weights if name in rates]
+        peaks = [w.abs().max() / w.square().mean().sqrt().clamp_min(1e-30) for w in p]
+        layers[layer] = {
+            "grad_norm": torch.stack([w.grad.norm() for w in p]).norm().item(),
+            "weight_norm": torch.stack([w.norm() for w in p]).norm().item(),
+            "max_over_rms": max(peaks).item(),
+            "lars_rate": torch.stack(local).mean().item() if local else None,
+        }
     return layers
 
 
-# ------------------------------------------------------------------------ linear evaluation
-
 @torch.no_grad()
-def features(encoder, images, size, device):
-    """y of whole images, resized to `size`, without augmentation: (N, 8 * width), fp32, on the CPU."""
-    chunks = []
-    for start in range(0, len(images), 256):
-        x = images[start : start + 256].to(device) / 255
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-        chunks.append(encoder(normalize(x)).cpu())
-    return torch.cat(chunks)
+def measure(args, online, optimizer, y, z, q):
+    """All metrics of a step, over the batch of all processes. `live`: of the hidden units of projection and
+    prediction, the share that are on for some images of the batch and off for others."""
+    (y1, y2), (z1, z2), (q1, q2) = ([gather(view) for view in t.chunk(2)] for t in (y, z, q))
+    hidden = [online.projection[0](torch.cat([y1, y2])) > 0]
+    if args.loss == "byol":
+        hidden.append(online.prediction[0](torch.cat([z1, z2])) > 0)
+    metrics = collapse_metrics(y1, z1, y2, z2)
+    metrics["q_norm"] = torch.cat([q1, q2]).norm(dim=1).mean().item()
+    metrics["live"] = [(on.any(0) & ~on.all(0)).float().mean().item() for on in hidden]
+    metrics["layers"] = layer_metrics(online, optimizer)
+    return metrics
+
+
+# ------------------------------------------------------------------------ linear evaluation
+@torch.no_grad()
+def features(encoder, images, args):
+    """y of whole images, resized to --size, by the encoder in eval mode: (N, 8 * width), on the CPU."""
+    encoder.eval()
+    y = []
+    for x in images.split(256):
+        x = F.interpolate(x.to(args.device) / 255, (args.size, args.size), mode="bilinear", antialias=True)
+        y.append(encoder(normalize(x)).cpu())
+    encoder.train()
+    return torch.cat(y)
 
 
 def fit_linear(x, labels):
-    """Multinomial logistic regression by L-BFGS to convergence: float64 (N, d), (N,) -> weight (d, classes), bias.
-    Minimises the mean cross-entropy + ||weight||^2 / 2N, as scikit-learn with C = 1. The search runs along the
-    principal axes of x, each scaled to the curvature expected there: some 50 iterations instead of 1000."""
-    decay, classes = 1 / len(x), int(labels.max()) + 1
-    variance, axes = torch.linalg.eigh(x.T @ x / len(x))
-    axes = axes * (variance.clamp_min(0) + 10 * decay).rsqrt()
+    """Multinomial logistic regression by L-BFGS to convergence: float64 (N, d), (N,) -> weight (d, C), bias
+    (C,). It minimises mean cross-entropy + ||weight||^2 / 2N, as scikit-learn with C=1. The search runs along
+    the principal axes of x, scaled to the curvature expected there: some 50 iterations instead of 1000."""
+    n, d = x.shape
+    variance, axes = torch.linalg.eigh(x.T @ x / n)
+    axes = axes * (variance.clamp_min(0) + 10 / n).rsqrt()
     x = x @ axes
-    weight, bias = (torch.zeros(shape, dtype=x.dtype, requires_grad=True) for shape in ((x.shape[1], classes), classes))
+    weight = torch.zeros(d, int(labels.max()) + 1, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros_like(weight[0], requires_grad=True)
     lbfgs = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-5, tolerance_change=0,
                               history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         lbfgs.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, labels) + decay / 2 * (axes @ weight).square().sum()
+        loss = F.cross_entropy(x @ weight + bias, labels) + (axes @ weight).square().sum() / (2 * n)
         loss.backward()
         return loss
 
@@ -683,9 +601,9 @@ def fit_linear(x, labels):
 
 
 def linear_accuracy(train, train_labels, test, test_labels):
-    """Test accuracy in percent of a linear classifier on frozen features (N, d), centred and divided by one common
-    scale, their standard deviation. A deviation under 1e-5 of the features' rms, which is what fp32 rounding leaves of
-    a constant, counts as 0: scaled up, it could tell classes apart."""
+    """Test accuracy in percent of a linear classifier on features (N, d), centred and divided by one scale
+    for all. Deviations under 1e-5 of the features' rms, which fp32 rounding leaves of a constant, count as 0:
+    scaled up, they could tell classes apart."""
     train, test = train.double(), test.double()
     mean, rounding = train.mean(0), 1e-5 * train.square().mean().sqrt().item()
     train, test = F.hardshrink(train - mean, rounding), F.hardshrink(test - mean, rounding)
@@ -695,105 +613,115 @@ def linear_accuracy(train, train_labels, test, test_labels):
     return 100 * (guess == test_labels).double().mean().item()
 
 
-def evaluate(encoder, images, size, device):
-    """Linear evaluation of the frozen encoder, which is checked to come out of it bit for bit as it went in."""
-    before = {name: t.clone() for name, t in encoder.state_dict().items()}
-    encoder.eval()
-    train, test = (features(encoder, split, size, device) for split in (images.train, images.test))
-    encoder.train()
-    if not train.isfinite().all() or not test.isfinite().all():
-        stop(1, "the encoder's features are not finite: the run diverged; try a lower --lr")
-    accuracy = linear_accuracy(train, images.train_labels, test, images.test_labels)
-    if any(not torch.equal(t, before[name]) for name, t in encoder.state_dict().items()):
-        raise RuntimeError("the linear evaluation changed the encoder")
-    return accuracy
+def evaluate(encoder, images, args):
+    """Test accuracy in percent of a linear classifier of y, fitted on the labelled training images."""
+    train = features(encoder, images.train[: len(images.train_labels)], args)
+    test = features(encoder, images.test, args)
+    if not (train.isfinite().all() and test.isfinite().all()):
+        stop(1, "the features are not finite: the run diverged; try a lower --lr")
+    return linear_accuracy(train, images.train_labels, test, images.test_labels)
 
 
-# ------------------------------------------------------------------------ checkpoint
-
-def write_whole(path, write):
-    """`write(file)` into a file beside `path`, then rename: `path` appears whole or not at all."""
-    aside = f"{path}.tmp"
+# ------------------------------------------------------------------------ run folder
+@contextlib.contextmanager
+def written_whole(path):
+    """A file to write bytes to, which appears as `path` when the block ends, whole or not at all."""
+    aside = f"{path}.{os.getpid()}"
     try:
         with open(aside, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except OSError as error:
+        stop(1, f"{path}: {error.strerror}")
+    finally:
         Path(aside).unlink(missing_ok=True)
-        raise
 
 
-def describe(args, argv):
+def save(content, path):
+    buffer = io.BytesIO()               # torch's own writer meets a full disk with an abort
+    torch.save(content, buffer)
+    with written_whole(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def write_line(log, line):
+    """Append to the log, with six digits of each number."""
+    line = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.6g}"))
+    try:
+        log.write(json.dumps(line).encode() + b"\n")
+        log.flush()
+    except OSError as error:
+        stop(1, f"{log.name}: {error.strerror}")
+
+
+def describe(args, argv, digest):
     """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
-    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40", "--dirty"]
-    commit = None
+    flags = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir", "download")}
+    config = {"flags": {**flags, "images": digest, "processes": WORLD}}
+    config["command"] = shlex.join(["python", "byol.py", *argv])
+    config["versions"] = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
+    if args.device != "cpu":
+        config["gpu"] = torch.cuda.get_device_name(args.device)
     with contextlib.suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    cpu = re.search(r"model name\s*: (.*)", CPUINFO)
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else None
-    return {
-        "flags": {name: value for name, value in vars(args).items() if name != "out"},
-        "command": shlex.join(["python", "byol.py", *argv]),
-        "commit": commit,
-        "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision, np)}},
-        "hardware": dict(machine=platform.machine(), cpu=cpu and cpu[1], threads=torch.get_num_threads(), gpu=gpu),
-    }
+        config["cpu"] = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40", "--dirty"]
+        config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return config
 
 
-@contextlib.contextmanager
 def open_run(out, config):
-    """Make the run's folder, or enter it if it holds this very run: (its log, locked, so that a second process with the
-    same run waits until the first is done; whether the run is finished)."""
-    path, log = Path(out, "config.json"), Path(out, "metrics.jsonl")
+    """Make a run's folder, or enter it if it holds this very run. Returns its log, locked while open."""
+    path = Path(out, "config.json")
     try:
         os.makedirs(out, exist_ok=True)
-        foreign = [name for name in os.listdir(out) if not name.endswith(".tmp") and os.path.getsize(f"{out}/{name}")]
-        if foreign and not path.exists():
-            stop(2, f"--out {out}: neither empty nor a run's folder (it holds {foreign[0]})")
-        file = open(log, "ab")
+        if os.listdir(out) and not path.exists():
+            stop(2, f"--out {out}: neither empty nor a run's folder")
+        if not path.exists():
+            with written_whole(path) as file:
+                file.write(json.dumps(config, indent=1).encode())
+        log = open(Path(out, "metrics.jsonl"), "a+b")
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        before = dict(json.loads(path.read_text())["flags"])
+    except BlockingIOError:
+        stop(1, f"--out {out}: another process is at this run")
     except OSError as error:
         stop(2, f"--out {out}: {error.strerror}")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process runs {out}: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        text = json.dumps(config, indent=1).encode() + b"\n"
-        if not path.exists():
-            write_whole(path, lambda file: file.write(text))
-        try:
-            theirs = dict(json.loads(path.read_bytes())["flags"])
-        except (ValueError, KeyError, TypeError):
-            stop(1, f"{path} is damaged; remove the folder to start again")
-        for name, now in json.loads(text)["flags"].items():
-            if theirs.get(name) != now:
-                stop(2, f"--out {out} holds a run with --{name.replace('_', '-')} {theirs.get(name)}, not {now}: "
-                        "give another --out")
-        with open(log, "rb") as written:
-            written.seek(max(0, log.stat().st_size - 200))
-            yield file, b'{"step": %d, "accuracy"' % config["flags"]["steps"] in written.read()
+    except (ValueError, LookupError, TypeError):
+        stop(1, f"{path} is damaged; remove the folder to start again")
+    for name, value in json.loads(json.dumps(config))["flags"].items():
+        if value != before.get(name):
+            stop(2, f"--out {out}: its run has {name} {before.get(name)}, not {value}; give another --out")
+    return log
 
 
-def load_checkpoint(path, parts):
-    """Fill `parts`, {name: network or optimizer}; returns (step, state, log_bytes), the start's without a file."""
-    if not os.path.exists(path):
-        return 0, "untrained", 0
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(content[name])
-        return content["step"], content["state"], content["log_bytes"]
-    except Exception as error:      # torch.load and load_state_dict raise nearly anything on a damaged or foreign file
-        stop(1, f"cannot resume from {path} ({type(error).__name__}: {str(error)[:80]}); remove it to start again")
+def load_checkpoint(out, log, parts):
+    """Fill `parts`, {name: network or optimizer}, cut `log` to the checkpoint, return the run's progress."""
+    path, progress = Path(out, "checkpoint.pt"), {"step": 0, "state": "untrained", "log_bytes": 0}
+    if path.exists():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(content[name])
+            progress.update(content["progress"])
+        except Exception as error:      # torch raises nearly anything on a damaged or foreign file
+            stop(1, f"{path}: cannot resume ({type(error).__name__}: {str(error)[:80]}); remove the file")
+    if log and log.seek(0, os.SEEK_END) < progress["log_bytes"]:
+        stop(1, f"{log.name} is shorter than at the last checkpoint; remove the folder to start over")
+    if log:
+        log.truncate(progress["log_bytes"])
+    return progress
+
+
+def is_finished(args):
+    last = Path(args.out, "metrics.jsonl").read_bytes().splitlines(keepends=True)[-1:]
+    return bool(last and re.fullmatch(rb'{"step": %d, "accuracy.*}\n' % args.steps, last[0]))
 
 
 # ------------------------------------------------------------------------ training
-
 def rate(step, steps, lr, warmup):
-    """Learning rate of step 0, 1, ... of `steps`: linear warm-up over a share of the run, then cosine to 0."""
+    """Learning rate of step 0, 1, ... of `steps`: linear warm-up over its share, then cosine to 0."""
     first = warmup * steps
     if step < first:
         return lr * (step + 1) / math.ceil(first)
@@ -805,158 +733,31 @@ def tau(step, steps, base):
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def autocast(args):
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
+def check_memory(args):
+    """Refuse a step whose layers' outputs, in one pass of both views, do not fit into memory."""
+    sizes = []
 
+    def count(module, inputs, output):
+        if not list(module.children()):
+            sizes.append(output.nbytes)
 
-def train_step(args, images, online, target, optimizer, step, lap=lambda part: None):
-    """Step 0, 1, ... of the run; returns the loss and both views' y and z, of this process's share of the batch. `lap`
-    hears of each part as it ends."""
-    views = draw_views(images, step, args, lap)
-    lap("views")
-    with autocast(args):
-        outputs = online(views)
-    (y1, y2), (z1, z2), (q1, q2) = (t.float().chunk(2) for t in outputs)
-    lap("online forward")
-    if args.loss != "simclr":
-        with torch.no_grad(), autocast(args):
-            t1, t2 = target(views)[1].float().chunk(2)
-    lap("target forward")
-    if args.loss == "byol":
-        loss = byol_loss(q1, t2) + byol_loss(q2, t1)
-    elif args.loss == "moco":
-        loss = (moco_loss(q1, t2, target.queue) + moco_loss(q2, t1, target.queue)) / 2
-    else:
-        loss = simclr_loss(gather(q1), gather(q2))
-    optimizer.zero_grad()
-    (loss * WORLD if args.loss == "simclr" else loss).backward()        # simclr's gradient is a sum over processes
-    lap("backward")
-    for group in optimizer.param_groups:
-        group["lr"] = rate(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
-    optimizer.step()
-    lap("optimizer")
-    update_target(target, online, tau(step, args.steps, args.ema))
-    if args.loss == "moco":
-        keys = unit(torch.cat([gather(t1), gather(t2)]))
-        target.queue.index_copy_(0, (torch.arange(len(keys), device=keys.device) + step * len(keys)) % QUEUE, keys)
-    lap("EMA")
-    return loss.detach(), (y1, z1, y2, z2)
-
-
-def profile(args, images, online, target, optimizer, rounds=5, steps=4):
-    """Print where the time of a step goes, and its floor: both networks' forwards and the backward on fixed tensors.
-    Steps and floors alternate, so that what else the machine does falls on both; medians are over `rounds`."""
-    views = torch.randn(2 * args.batch_size, 3, args.size, args.size).to(args.device, memory_format=torch.channels_last)
-    args.steps = max(args.steps, (rounds + 1) * steps)                          # the schedules end with the run
-    cuda, table, clock = args.device.startswith("cuda"), [], 0.0
-
-    def lap(part):
-        nonlocal clock
-        if cuda:
-            torch.cuda.synchronize(args.device)
-        before, clock = clock, time.perf_counter()
-        table[-1][part] += 1000 / steps * (clock - before)
-
-    for step in range((rounds + 1) * steps):
-        table += [collections.Counter()] if step % steps == 0 else []
-        lap("between")
-        loss, outputs = train_step(args, images, online, target, optimizer, step, lap)
-        collapse_metrics(*outputs), layer_metrics(online, optimizer), loss.item()
-        lap("metrics")
-        with autocast(args):
-            prediction = online(views)[2]
-            if args.loss != "simclr":
-                with torch.no_grad():
-                    target(views)
-        prediction.float().square().mean().backward()
-        lap("floor")
-    print(f"{'':16}{'median':>10}{'least':>10}{'most':>10}   ms a step")
-    for row in table:
-        row["metrics"] /= args.log_every                                       # a step's share of them
-        row["step"] = sum(row[part] for part in PARTS)
-        row.update(ratio=row["floor"] / row["step"], samples_per_s=1000 / row["step"] * args.batch_size)
-    figures = {"threads": torch.get_num_threads()}
-    for name in (*PARTS, "step", "floor", "ratio", "samples_per_s"):
-        values = sorted(row[name] for row in table[1:])                         # the first round warmed up
-        figures[name] = values[rounds // 2], values[0], values[-1]
-        print(f"{name:16}" + "".join(f"{value:10.4g}" for value in figures[name]))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024          # on macOS in KiB, not MiB
-    figures["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20 if cuda else resident
-    print(f"{'peak memory':16}{figures['peak_memory_mib']:10.4g} MiB\n{json.dumps(figures)}")
-
-
-def train(args, images, online, target, optimizer, log, checkpoint):
-    """Train to the end, from the checkpoint if there is one. Returns the signal that stopped the run, or 0. `log` is
-    open in process 0 alone, which does all the writing."""
-    parts = dict(online=online, target=target, optimizer=optimizer)
-    start, state, log_bytes = load_checkpoint(checkpoint, parts)
-    if RANK == 0:
-        log.truncate(log_bytes)         # what a killed run wrote after its last checkpoint comes again
-    if start:
-        print(f"resumed at step {start}")
-    network = DistributedDataParallel(online) if WORLD > 1 else online         # it averages the gradients
-
-    def write_line(line):
-        if RANK == 0:
-            short = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.6g}"))
-            log.write(json.dumps(short).encode() + b"\n")
-            log.flush()
-
-    def evaluation(step):
-        if RANK > 0:
-            return
-        accuracy = evaluate(online.encoder, images, args.size, args.device)
-        if step == args.steps:          # before the line that says that the run is finished
-            encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
-            write_whole(os.path.join(args.out, "encoder.pt"), lambda file: torch.save(encoder, file))
-        write_line({"step": step, "accuracy": accuracy, "state": state})
-        print(f"step {step:>6} linear accuracy on test {accuracy:.2f} %, {state}", flush=True)
-
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    if args.steps == 0:
-        evaluation(0)
-    began = clock = time.perf_counter()
-    clock_step = start
-    for step in range(start, args.steps):
-        loss, outputs = train_step(args, images.pretrain, network, target, optimizer, step)
-        done, stopped_by = step + 1, agree(signals[0] if signals else 0)
-        ends, logs = done == args.steps, done % args.log_every == 0 or done & (done - 1) == 0
-        saves = not ends and (done % args.checkpoint_every == 0 or stopped_by)
-        if logs or saves or ends:
-            loss, outputs = gather(loss[None]).mean(), [gather(t) for t in outputs]
-            if not math.isfinite(loss):         # the one place that waits for the device
-                stop(1, f"the loss is {loss.item()} at step {done}: the run diverged; try a lower --lr")
-        if logs or ends:
-            metrics, now = collapse_metrics(*outputs), time.perf_counter()
-            state = collapse_state(state, metrics["rep_dist"])
-            line = {"step": done, "epoch": done * args.batch_size / len(images.pretrain), "loss": loss.item(),
-                    "lr": rate(step, args.steps, args.lr, args.warmup), "ema": tau(step, args.steps, args.ema),
-                    **metrics, "images_per_s": (done - clock_step) * args.batch_size / (now - clock),
-                    "layers": layer_metrics(online, optimizer)}
-            write_line(line)
-            left = int((now - began) / (done - start) * (args.steps - done))
-            print(f"step {done}/{args.steps} {done / args.steps:.0%} left {left // 60}m{left % 60:02}s ",
-                  *(f"{name} {line[name]:.4g} " for name in PRINTED), state, flush=True)
-        if ends or args.eval_every and done % args.eval_every == 0:
-            evaluation(done)
-        if logs:
-            clock, clock_step = time.perf_counter(), done
-        if saves and RANK == 0:
-            content = {name: part.state_dict() for name, part in parts.items()}
-            content |= dict(step=done, state=state, log_bytes=log.tell())
-            write_whole(checkpoint, lambda file: torch.save(content, file))
-        if stopped_by and not ends:
-            return stopped_by
-    return 0
+    with torch.device("meta"), nn.modules.module.register_module_forward_hook(count):
+        Network(args).eval()(torch.empty(2, 3, args.size, args.size))
+    needed = sum(sizes) * args.batch_size // WORLD
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if args.device != "cpu":
+        there = torch.cuda.mem_get_info(args.device)[1]
+    if needed > there:
+        stop(2, f"--size, --batch-size, --width: a step takes {needed / 1e9:.0f} GB of {there / 1e9:.0f}")
 
 
 def set_up(args):
     """Networks and optimizer of a run: (online, target, optimizer)."""
-    torch.set_flush_denormal(True)      # a network that decay has killed computes in subnormal numbers: ten times slower
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)      # what decay has killed computes in subnormal numbers, slowly
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(args.seed)
     online = Network(args)
     target = make_target(online, args.loss)
@@ -964,78 +765,150 @@ def set_up(args):
         network.to(args.device, memory_format=torch.channels_last)
         if args.compile:
             network.compile()
-    try:
-        groups = param_groups(online, args.weight_decay, args.lars_layers, dict(args.lr_mult))
-    except ValueError as error:
-        stop(2, f"--lars-layers or --lr-mult: {error}")
-    optimizer = LARS(groups, args.lr) if args.opt == "lars" else torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
-    return online, target, optimizer
+    layers = (args.lars_layers or "") if args.opt == "lars" else None
+    groups = param_groups(online, args.weight_decay, layers, args.lars_on, dict(args.lr_mult))
+    if args.opt == "lars":
+        return online, target, LARS(groups, args.lr)
+    return online, target, torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
 
 
-def run(argv):
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")       # for names that are not UTF-8
+def train_step(args, images, online, target, optimizer, step):
+    """Step 0, 1, ... of the run. Returns loss, y, z, q of both views of this process's share of the batch."""
+    views = load_views(images, step, args)
+    with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp):
+        y, z, q = (t.float() for t in online(views))
+        if args.loss != "simclr":
+            with torch.no_grad():
+                t1, t2 = target(views)[1].float().chunk(2)
+    q1, q2 = q.chunk(2)
+    if args.loss == "byol":
+        loss = byol_loss(q1, t2) + byol_loss(q2, t1)
+    elif args.loss == "moco":
+        loss = moco_loss(q1, t2, target.queue) + moco_loss(q2, t1, target.queue)
+    else:
+        loss = simclr_loss(gather(q1), gather(q2))
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = rate(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
+    optimizer.step()
+    update_target(target, online, tau(step, args.steps, args.ema))
+    if args.loss == "moco":
+        keys = unit(torch.cat([gather(t1), gather(t2)]))
+        place = torch.arange(len(keys), device=keys.device) + step * len(keys)
+        target.queue.index_copy_(0, place % QUEUE, keys)
+    return loss.detach(), y.detach(), z.detach(), q.detach()
+
+
+def begin(argv):
+    """What a run needs before its first step: flags, images, and the log, which process 0 alone has."""
     args = parse_arguments(argv)
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
-    images = load_images(args.data, args.data_dir, args.download, args.size)
-    n, side = len(images.pretrain), images.pretrain.shape[-1]
+        dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    images = load_images(args)
+    n, side = len(images.train), images.train.shape[-1]
     if args.batch_size > n:
         stop(2, f"--batch-size {args.batch_size}: the data has {n} images")
     if args.size > 4 * side:
         stop(2, f"--size {args.size}: more than four times the images' {side} pixels")
     if args.epochs is not None:
         args.steps = args.epochs * (n // args.batch_size)
-    if args.device.startswith("cuda"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")         # without it cuBLAS is not deterministic
-        torch.backends.cuda.matmul.allow_tf32 = True
-        if images.pretrain.shape.numel() < torch.cuda.mem_get_info(args.device)[0] / 2:
-            images = images._replace(pretrain=images.pretrain[:].to(args.device))
-    online, target, optimizer = set_up(args)
-    if args.profile:
-        profile(args, images.pretrain, online, target, optimizer)
-        return 0
-
-    checkpoint = Path(args.out, "checkpoint.pt")
-    mine = open_run(args.out, describe(args, argv)) if RANK == 0 else contextlib.nullcontext((None, False))
-    with mine as (log, finished):
-        if agree(finished):
-            print(f"{args.out} holds this run, finished; remove the folder to run it again")
-            stopped_by = 0
-        else:
-            print(f"{n:,} images of {args.data}, {args.steps} steps of {args.batch_size}, into {args.out}")
-            for group in optimizer.param_groups:
-                size, lars = sum(p.numel() for p in group["params"]), "on" if group["lars"] else "off"
-                print(f"{size:,} parameters: LARS {lars}, weight decay {group['weight_decay']:g}, "
-                      f"rate x {group['lr_mult']:g}", flush=True)
-            stopped_by = train(args, images, online, target, optimizer, log, checkpoint)
-    if stopped_by:
-        print(f"stopped by {signal.Signals(stopped_by).name}; the same command resumes the run", flush=True)
-        return 128 + stopped_by
-    checkpoint.unlink(missing_ok=True)
-    return 0
+    check_memory(args)
+    if args.device != "cpu" and images.train.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
+        images = images._replace(train=images.train.to(args.device))
+    log = open_run(args.out, describe(args, argv, images.digest)) if RANK == 0 else None
+    if WORLD > 1:
+        dist.barrier()
+    return args, images, log
 
 
-def main(argv):
-    """Run the command line `argv`; returns the exit status, or exits with one line on what went wrong."""
+@contextlib.contextmanager
+def one_line_errors():
+    """Whatever goes wrong in the block ends the script with one line on stderr."""
+    again = "the same command resumes from the last checkpoint"
     try:
-        return run(argv)
+        yield
     except KeyboardInterrupt:
-        stop(130, "stopped before the first step")
+        stop(130, f"interrupted; {again}")
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+        stop(1, f"nobody reads standard output any more; {again}")
     except OSError as error:
         stop(1, f"{error.filename or 'the disk'}: {error.strerror}")
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        if "out of memory" in reason or "allocate memory" in reason:        # as a GPU and a CPU say it
-            stop(1, f"out of memory ({reason}): try a smaller --batch-size, --size or --width")
+    except ValueError as error:
+        stop(2, error)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" in str(error):
+            stop(1, f"out of memory ({str(error)[:80]}): try a smaller --batch-size, --size or --width")
         if WORLD == 1:
             raise
-        stop(1, f"process {RANK} lost the others ({reason}); the same command resumes from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        stop(1, f"process {RANK} lost the others ({str(error)[:80]}); {again}")
+
+
+@one_line_errors()
+def main(argv):
+    """Run the command line `argv`, from the last checkpoint if there is one."""
+    args, images, log = begin(argv)
+    if is_finished(args):
+        return print(f"{args.out} holds this run, finished; remove the folder to run it again")
+    online, target, optimizer = set_up(args)
+    parts = dict(online=online, target=target, optimizer=optimizer)
+    progress = load_checkpoint(args.out, log, parts)
+    network = DistributedDataParallel(online) if WORLD > 1 else online
+
+    def judge(step):
+        accuracy = evaluate(online.encoder, images, args)
+        random = progress.setdefault("random", accuracy)
+        state = progress["state"]
+        if step == args.steps:          # before the line that says that the run is finished
+            encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
+            save(encoder, f"{args.out}/encoder.pt")
+        write_line(log, {"step": step, "accuracy": accuracy, "state": state})
+        print(f"step {step}: {state}, linear accuracy {accuracy:.2f} %, of random features {random:.2f} %")
+
+    if log and progress["step"] == 0:
+        judge(0)
+    if log:
+        print("   step  left     loss   distance common     |z|     |q|   live units  state")
+    clock, clock_step = time.perf_counter(), progress["step"]
+    for step in range(progress["step"], args.steps):
+        loss, *outputs = train_step(args, images.train, network, target, optimizer, step)
+        done = step + 1
+        logs = done == args.steps or done % args.log_every == 0 or done & step == 0     # at powers of two
+        judges = done == args.steps or args.eval_every > 0 and done % args.eval_every == 0
+        saves = done % args.checkpoint_every == 0
+        if logs or saves:               # the one place that waits for the device
+            loss = gather(loss[None]).mean().item()
+            if not math.isfinite(loss):
+                stop(1, f"the loss is {loss} at step {done}: the run diverged; try a lower --lr")
+        if logs:
+            metrics = measure(args, online, optimizer, *outputs)
+            progress["state"] = collapse_state(progress["state"], metrics["rep_dist"])
+        if logs and log:
+            pace = (time.perf_counter() - clock) / (done - clock_step)
+            clock, clock_step = time.perf_counter(), done
+            write_line(log, {
+                "step": done,
+                "epoch": done * args.batch_size / len(images.train),
+                "loss": loss,
+                "lr": rate(step, args.steps, args.lr, args.warmup),
+                "ema": tau(step, args.steps, args.ema),
+                **metrics,
+                "images_per_s": args.batch_size / pace,
+            })
+            left = pace * (args.steps - done) / 60
+            live = "".join(f"{share:6.2f}" for share in metrics["live"])
+            shown = "{rep_dist:10.3g} {common:6.2f} {z_norm:7.3g} {q_norm:7.3g}".format(**metrics)
+            print(f"{done:7} {left:4.0f}m {loss:8.3g} {shown} {live}  {progress['state']}", flush=True)
+        if judges and log:
+            judge(done)
+        if saves and log:
+            progress.update(step=done, log_bytes=log.tell())
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save({**states, "progress": progress}, f"{args.out}/checkpoint.pt")
+    for path in Path(args.out).glob("checkpoint.pt*"):
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
