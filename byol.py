@@ -145,6 +145,7 @@ def parse_arguments(argv):
         ("lars_on" in given and args.opt != "lars", "--lars-on needs --opt lars"),
         ("pred_norm" in given and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
         (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two overfill moco's {QUEUE}"),
+        (WORLD > 1 and "MASTER_ADDR" not in os.environ, "WORLD_SIZE is set: start with torchrun, or unset it"),
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
         (args.device not in devices, f"--device {args.device}: not one of {', '.join(devices)}"),
         (args.sync_bn and (WORLD == 1 or args.device == "cpu"), "--sync-bn needs torchrun and --device cuda"),
@@ -766,7 +767,10 @@ def set_up(args):
         if args.compile:
             network.compile()
     layers = (args.lars_layers or "") if args.opt == "lars" else None
-    groups = param_groups(online, args.weight_decay, layers, args.lars_on, dict(args.lr_mult))
+    try:
+        groups = param_groups(online, args.weight_decay, layers, args.lars_on, dict(args.lr_mult))
+    except ValueError as error:
+        stop(2, f"--lars-layers or --lr-mult: {error}")
     if args.opt == "lars":
         return online, target, LARS(groups, args.lr)
     return online, target, torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
