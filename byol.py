@@ -63,8 +63,7 @@ def gather(rows):
 # ------------------------------------------------------------------------ arguments
 DECAY = {"sgd": 1e-4, "lars": 1.5e-6}       # default weight decay: the blog's code, the BYOL paper
 QUEUE = 4096                                # target projections that moco keeps
-GROUP_NORM = functools.partial(nn.GroupNorm, 32)
-MLP_NORMS = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": GROUP_NORM, "none": nn.Identity}
+PLACES = ("out", "data_dir", "download")        # flags that may differ when a run is resumed
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -81,7 +80,7 @@ def within(kind, low, high=10**9):
 
 
 def regex_factor(text):
-    regex, _, factor = text.rpartition("=")
+    regex, factor = text.rsplit("=", 1)
     return regex, within(float, 0)(factor)
 
 
@@ -89,6 +88,7 @@ def parse_arguments(argv):
     """The flags of the command line `argv`, with the defaults that follow from other flags filled in."""
     parser = argparse.ArgumentParser("byol.py", description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: stop(2, message)
+    norms = ["bn", "ln", "gn", "none"]
 
     def add(flag, default, kind, text):
         how = dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
@@ -98,9 +98,9 @@ def parse_arguments(argv):
 
     group = parser.add_argument_group("model")
     add("--enc-norm", "bn", ["bn", "gn", "gn+ws", "none"], "norm of the encoder")
-    add("--mlp-norm", "bn", list(MLP_NORMS), "norm of projection and prediction")
-    add("--proj-norm", None, list(MLP_NORMS), "norm of the projection, instead of --mlp-norm")
-    add("--pred-norm", None, list(MLP_NORMS), "norm of the prediction, instead of --mlp-norm")
+    add("--mlp-norm", "bn", norms, "norm of projection and prediction")
+    add("--proj-norm", None, norms, "norm of the projection, instead of --mlp-norm")
+    add("--pred-norm", None, norms, "norm of the prediction, instead of --mlp-norm")
     add("--width", 8, within(int, 1, 512), "channels of layer1; y has 8 times as many")
     add("--stem", "cifar", ["imagenet", "cifar"], "7x7 stride 2 and max-pool, or 3x3")
     group = parser.add_argument_group("loss")
@@ -136,26 +136,28 @@ def parse_arguments(argv):
     add("--size", 16, within(int, 8, 4096), "side of the views in pixels")
     args = parser.parse_args(argv)
 
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     for wrong, why in (
-        ("steps" in given and "epochs" in given, "--steps and --epochs exclude each other"),
-        ("lars_layers" in given and args.opt != "lars", "--lars-layers needs --opt lars"),
-        ("lars_on" in given and args.opt != "lars", "--lars-on needs --opt lars"),
-        ("pred_norm" in given and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
+        ("steps" in changed and "epochs" in changed, "--steps and --epochs exclude each other"),
+        ("lars_layers" in changed and args.opt != "lars", "--lars-layers needs --opt lars"),
+        ("lars_on" in changed and args.opt != "lars", "--lars-on needs --opt lars"),
+        ("pred_norm" in changed and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
         (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two overfill moco's {QUEUE}"),
-        (WORLD > 1 and "MASTER_ADDR" not in os.environ, "WORLD_SIZE is set: start with torchrun, or unset it"),
+        (WORLD > 1 and "MASTER_ADDR" not in os.environ, "WORLD_SIZE is set, but not by torchrun"),
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
         (args.device not in devices, f"--device {args.device}: not one of {', '.join(devices)}"),
+        (WORLD > 1 and ":" in args.device, "--device: torchrun gives each process its GPU, so say cuda"),
         (args.sync_bn and (WORLD == 1 or args.device == "cpu"), "--sync-bn needs torchrun and --device cuda"),
     ):
         if wrong:
             stop(2, why)
     follows = dict(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
-    words = [f"{name}_{given[name]}" for name in given if given[name] != follows.get(name) and name != "out"]
+    naming = [name for name in changed if name not in PLACES and changed[name] != follows.get(name)]
+    words = [f"{name}_{changed[name]}" for name in naming]
     follows["out"] = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
-    for name in follows.keys() - given.keys():
+    for name in follows.keys() - changed.keys():
         setattr(args, name, follows[name])
     if WORLD > 1 and args.device == "cuda":
         args.device += ":" + os.environ["LOCAL_RANK"]
@@ -225,7 +227,8 @@ def open_folder(root):
     every = datasets.ImageFolder(root, loader=open_image, allow_empty=True)
     names = [every.classes[target] for target in every.targets]
     unlabeled = Subset(every, [i for i, name in enumerate(names) if name == "unlabeled"])
-    left_out = sum(len(files) for *_, files in os.walk(root)) - len(train) - len(unlabeled) - len(test)
+    present = sum(len(files) for *_, files in os.walk(root, followlinks=True))
+    left_out = present - len(train) - len(unlabeled) - len(test)
     if left_out:
         print(f"{root}: {left_out} files left out: no images, by their endings, or in no class's folder")
     return train, unlabeled, test, [path for path, _ in every.samples]
@@ -262,6 +265,8 @@ def load_images(args):
     they are where they are square and of one size, else resized and cropped to --size."""
     if args.data == "shapes":
         return Images(*draw_shapes(1000, seed=0), *draw_shapes(200, seed=1), args.data)
+    if RANK > 0:
+        dist.barrier()                          # process 0 downloads and decodes
     if args.data.startswith("folder:"):
         train, unlabeled, test, paths = open_folder(args.data[7:] or "no folder named")
     elif args.data in DATASETS:
@@ -274,10 +279,10 @@ def load_images(args):
     stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
     digest = hashlib.sha256(repr((args.data, side, stats)).encode()).hexdigest()[:16]
     decoded = Path(args.data_dir, "decoded", f"{digest}.npy")
-    if RANK == 0 and not decoded.exists():
+    if not decoded.exists():
         decoded.parent.mkdir(parents=True, exist_ok=True)
         decode(dataset, side, decoded)
-    if WORLD > 1:
+    if WORLD > 1 and RANK == 0:
         dist.barrier()
     pixels = torch.from_numpy(np.load(decoded, mmap_mode="c"))
     pixels = pixels.split([len(dataset) - len(test), len(test)])
@@ -416,9 +421,8 @@ def per_view(norm):
     """A batch normalization for a batch of two views, one after the other, each with its own statistics."""
     class PerView(norm):
         def forward(self, x):
-            if not self.training:
-                return super().forward(x)
-            return torch.cat([super(PerView, self).forward(view) for view in x.chunk(2)])
+            forward = super().forward
+            return torch.cat([forward(view) for view in x.chunk(2)]) if self.training else forward(x)
     return PerView
 
 
@@ -436,7 +440,8 @@ class Network(nn.Module):
         super().__init__()
         mlp_bn = per_view(nn.SyncBatchNorm if args.sync_bn else nn.BatchNorm1d)
         enc_bn = per_view(nn.SyncBatchNorm if args.sync_bn else nn.BatchNorm2d)
-        norms = {**MLP_NORMS, "bn": mlp_bn}
+        group_norm = functools.partial(nn.GroupNorm, 32)
+        norms = {"bn": mlp_bn, "ln": nn.LayerNorm, "gn": group_norm, "none": nn.Identity}
         self.encoder = resnet18(enc_bn if args.enc_norm == "bn" else args.enc_norm, args.width, args.stem)
         self.projection = mlp(8 * args.width, norms[args.proj_norm])
         self.prediction = mlp(128, norms[args.pred_norm]) if args.loss == "byol" else nn.Identity()
@@ -537,23 +542,24 @@ def layer_metrics(online, optimizer):
         if p.ndim > 1:
             layer = name.removeprefix("encoder.").split(".")[0].replace("conv1", "stem")
             layers[layer][name] = p
+    metrics = {}
     for layer, weights in layers.items():
         p = list(weights.values())
         local = [rates[name] for name in weights if name in rates]
         peaks = [w.abs().max() / w.square().mean().sqrt().clamp_min(1e-30) for w in p]
-        layers[layer] = {
+        metrics[layer] = {
             "grad_norm": torch.stack([w.grad.norm() for w in p]).norm().item(),
             "weight_norm": torch.stack([w.norm() for w in p]).norm().item(),
             "max_over_rms": max(peaks).item(),
             "lars_rate": torch.stack(local).mean().item() if local else None,
         }
-    return layers
+    return metrics
 
 
 @torch.no_grad()
 def measure(args, online, optimizer, y, z, q):
     """All metrics of a step, over the batch of all processes. `live`: of the hidden units of projection and
-    prediction, the share that are on for some images of the batch and off for others."""
+    prediction, computed anew after the step, the share that some images switch on and others off."""
     (y1, y2), (z1, z2), (q1, q2) = ([gather(view) for view in t.chunk(2)] for t in (y, z, q))
     hidden = [online.projection[0](torch.cat([y1, y2])) > 0]
     if args.loss == "byol":
@@ -659,7 +665,7 @@ def write_line(log, line):
 
 def describe(args, argv, digest):
     """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("out", "data_dir", "download")}
+    flags = {name: value for name, value in vars(args).items() if name not in PLACES}
     config = {"flags": {**flags, "images": digest, "processes": WORLD}}
     config["command"] = shlex.join(["python", "byol.py", *argv])
     config["versions"] = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
@@ -677,8 +683,9 @@ def open_run(out, config):
     path = Path(out, "config.json")
     try:
         os.makedirs(out, exist_ok=True)
-        if os.listdir(out) and not path.exists():
-            stop(2, f"--out {out}: neither empty nor a run's folder")
+        foreign = [name for name in os.listdir(out) if not name.startswith("config.json")]
+        if foreign and not path.exists():
+            stop(2, f"--out {out}: neither empty nor a run's folder, it holds {foreign[0]}")
         if not path.exists():
             with written_whole(path) as file:
                 file.write(json.dumps(config, indent=1).encode())
@@ -739,12 +746,12 @@ def check_memory(args):
     sizes = []
 
     def count(module, inputs, output):
-        if not list(module.children()):
+        if not list(module.children()) and output is not inputs[0]:
             sizes.append(output.nbytes)
 
     with torch.device("meta"), nn.modules.module.register_module_forward_hook(count):
         Network(args).eval()(torch.empty(2, 3, args.size, args.size))
-    needed = sum(sizes) * args.batch_size // WORLD
+    needed = sum(sizes) * args.batch_size / WORLD / (2 if args.amp else 1)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device != "cpu":
         there = torch.cuda.mem_get_info(args.device)[1]
@@ -756,9 +763,9 @@ def set_up(args):
     """Networks and optimizer of a run: (online, target, optimizer)."""
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)      # what decay has killed computes in subnormal numbers, slowly
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(args.seed)
     online = Network(args)
     target = make_target(online, args.loss)
@@ -805,10 +812,13 @@ def train_step(args, images, online, target, optimizer, step):
 
 
 def begin(argv):
-    """What a run needs before its first step: flags, images, and the log, which process 0 alone has."""
+    """All that comes before the first step: flags, images, (online, target, optimizer), log (process 0's
+    alone)."""
     args = parse_arguments(argv)
     if WORLD > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
+    check_memory(args)
+    networks = set_up(args)
     images = load_images(args)
     n, side = len(images.train), images.train.shape[-1]
     if args.batch_size > n:
@@ -817,13 +827,12 @@ def begin(argv):
         stop(2, f"--size {args.size}: more than four times the images' {side} pixels")
     if args.epochs is not None:
         args.steps = args.epochs * (n // args.batch_size)
-    check_memory(args)
     if args.device != "cpu" and images.train.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
         images = images._replace(train=images.train.to(args.device))
     log = open_run(args.out, describe(args, argv, images.digest)) if RANK == 0 else None
     if WORLD > 1:
         dist.barrier()
-    return args, images, log
+    return args, images, networks, log
 
 
 @contextlib.contextmanager
@@ -842,7 +851,7 @@ def one_line_errors():
     except ValueError as error:
         stop(2, error)
     except (RuntimeError, MemoryError) as error:
-        if "memory" in str(error):
+        if "out of memory" in str(error) or "allocate" in str(error):
             stop(1, f"out of memory ({str(error)[:80]}): try a smaller --batch-size, --size or --width")
         if WORLD == 1:
             raise
@@ -852,10 +861,9 @@ def one_line_errors():
 @one_line_errors()
 def main(argv):
     """Run the command line `argv`, from the last checkpoint if there is one."""
-    args, images, log = begin(argv)
+    args, images, (online, target, optimizer), log = begin(argv)
     if is_finished(args):
         return print(f"{args.out} holds this run, finished; remove the folder to run it again")
-    online, target, optimizer = set_up(args)
     parts = dict(online=online, target=target, optimizer=optimizer)
     progress = load_checkpoint(args.out, log, parts)
     network = DistributedDataParallel(online) if WORLD > 1 else online
@@ -893,7 +901,7 @@ def main(argv):
             clock, clock_step = time.perf_counter(), done
             write_line(log, {
                 "step": done,
-                "epoch": done * args.batch_size / len(images.train),
+                "epoch": done / (len(images.train) // args.batch_size),
                 "loss": loss,
                 "lr": rate(step, args.steps, args.lr, args.warmup),
                 "ema": tau(step, args.steps, args.ema),
@@ -910,8 +918,8 @@ def main(argv):
             progress.update(step=done, log_bytes=log.tell())
             states = {name: part.state_dict() for name, part in parts.items()}
             save({**states, "progress": progress}, f"{args.out}/checkpoint.pt")
-    for path in Path(args.out).glob("checkpoint.pt*"):
-        path.unlink(missing_ok=True)
+    for path in Path(args.out).glob("checkpoint.pt*") if log else ():
+        path.unlink()
 
 
 if __name__ == "__main__":

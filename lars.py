@@ -1,9 +1,9 @@
-"""LARS, layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888). Needs torch alone; copy the file.
+"""LARS, layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888). Needs torch alone: copy it.
 
     from lars import LARS, param_groups
-    optimizer = LARS(param_groups(model, weight_decay=1.5e-6), lr=0.2)     # biases and norms: no LARS, no decay
+    optimizer = LARS(param_groups(model, weight_decay=1.5e-6), lr=0.2)      # biases, norms: no LARS, no decay
     loss.backward(); optimizer.step()
-    print(optimizer.rates)                                # {"layer1.0.conv1.weight": tensor(0.0123), ...}
+    print(optimizer.rates)                                  # {"layer1.0.conv1.weight": tensor(0.0123), ...}
 """
 
 import math
@@ -16,17 +16,15 @@ NORMS = (_NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, tensor by tensor, with the local rate of You et al. 2017, eq.
-    6:
+    """SGD with momentum, each tensor's step scaled with the local rate of You et al. 2017, equation 6:
 
     local = eta * ||w|| / (||grad|| + weight_decay * ||w||) (1 where ||w|| or ||grad|| is 0) buffer = momentum
     * buffer + local * (grad + weight_decay * w) w = w - lr * buffer
 
     A group with `lars=False` has local rate 1, as torch.optim.SGD. `rates` holds the last step's local rates,
-    0-d tensors on the device: by parameter name if the optimizer was given named parameters, else by
-    position. A step reads nothing back from the device. Raises ValueError for a negative or non-finite
-    setting, RuntimeError for a sparse gradient. In the code of the BYOL blog post a tensor of norm 0 has
-    local rate 0 and never moves.
+    left on the device: by parameter name if the optimizer was given named parameters, else by position.
+    Raises ValueError for a negative or non-finite setting, RuntimeError for a sparse gradient. In the code of
+    the BYOL blog post a tensor of norm 0 has local rate 0 and never moves.
     """
 
     rates = {}
@@ -41,10 +39,8 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns the closure's loss, or None without a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure else None
         self.rates, first = {}, 0
         for group in self.param_groups:
             names = group.get("param_names", range(first, first + len(group["params"])))
@@ -58,9 +54,7 @@ class LARS(torch.optim.Optimizer):
         grads = [p.grad for p in params]
         if any(g.is_sparse for g in grads):
             raise RuntimeError("LARS does not support sparse gradients")
-        steps = grads
-        if group["weight_decay"]:
-            steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         if group["lars"]:
             rates = local_rates(params, grads, group["eta"], group["weight_decay"])
             steps = torch._foreach_mul(steps, rates)
@@ -86,13 +80,12 @@ def local_rates(params, grads, eta, weight_decay):
 def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mult=None):
     """Parameter groups of `model` for LARS, or for torch.optim.SGD where lars_layers is None.
 
-    lars_layers: regular expression, searched in the parameter names. What it finds gets LARS, the rest is
-    left to SGD with momentum. None: no LARS, and weight decay on every parameter. lars_on: "weights" (the
-    BYOL paper) leaves biases and norm layers, found by module type, without LARS and decay; "all" (the code
-    of the BYOL blog post) gives them both. lr_mult: {regular expression: factor}; a group's "lr_mult" is the
-    product of the factors found in its names. The caller sets group["lr"] = rate * group["lr_mult"] at each
-    step. Raises ValueError if no parameter requires a gradient, or for an expression malformed or found in no
-    name.
+    lars_layers: regular expression; parameters in whose names it is found get LARS, the rest SGD. None: no
+    LARS, and weight decay on every parameter. lars_on: "weights" (BYOL paper) leaves biases and norm layers,
+    found by module type, without LARS and decay, "all" (the blog's code) gives them both. lr_mult: {regular
+    expression: factor}; a group's "lr_mult" is the product of those found in its names. The caller sets
+    group["lr"] = rate * group["lr_mult"] at each step. Raises ValueError if no parameter requires a gradient,
+    or for an expression malformed or found nowhere.
     """
     if lars_on not in ("weights", "all"):
         raise ValueError(f"lars_on is {lars_on!r}, not weights or all")
@@ -103,15 +96,14 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
     plain, adapted = set(), set()
     if lars_layers is not None:
         if lars_on == "weights":
-            norms = [module for module in model.modules() if isinstance(module, NORMS)]
+            norms = (module for module in model.modules() if isinstance(module, NORMS))
             of_norms = {p for norm in norms for p in norm.parameters()}
             plain = {name for name, p in named if p in of_norms or name.endswith("bias")}
         adapted = find(lars_layers, [name for name in names if name not in plain])
     factors = [(find(regex, names), factor) for regex, factor in (lr_mult or {}).items()]
     groups = {}
     for name, p in named:
-        lars = name in adapted
-        decay = 0.0 if name in plain else weight_decay
+        lars, decay = name in adapted, 0.0 if name in plain else weight_decay
         mult = math.prod(factor for found, factor in factors if name in found)
         group = dict(params=[], lars=lars, weight_decay=decay, lr_mult=mult)
         groups.setdefault((lars, decay, mult), group)["params"].append((name, p))

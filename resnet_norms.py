@@ -52,9 +52,9 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(c_out, c_out, 3, padding=1)
         self.bn2 = norm(c_out)
         self.downsample = None
-        # Where c_in is less than a vector, 8 channels with AVX2 and 16 with AVX-512, oneDNN's weight gradient of
-        # a strided 1 x 1 convolution in channels_last writes past its workspace (uxlfoundation/oneDNN, issue
-        # 6035). So the pixels that the stride skips are left out before the convolution there.
+        # Where c_in is less than a vector, 8 channels with AVX2 and 16 with AVX-512, oneDNN's weight gradient
+        # of a strided 1 x 1 convolution in channels_last writes past its workspace (uxlfoundation/oneDNN,
+        # issue 6035). So the pixels that the stride skips are left out before the convolution there.
         self.skip = stride if c_in < 16 else 1
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(conv(c_in, c_out, 1, stride // self.skip), norm(c_out))

@@ -35,11 +35,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import ks_2samp
 from sklearn.linear_model import LogisticRegression
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import byol
 import lars
 import resnet_norms
+from results import bench
 
 HERE = Path(__file__).parent
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -146,18 +146,6 @@ def refused(capsys, status, *flags):
     lines = capsys.readouterr().err.splitlines()
     assert code == status and len(lines) == 1 and lines[0].startswith("byol.py: "), lines
     return lines[0]
-
-
-class Count(TorchDispatchMode):
-    """Counts the operations that torch dispatches."""
-
-    def __init__(self):
-        super().__init__()
-        self.n = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.n += 1
-        return operation(*args, **(kwargs or {}))
 
 
 # ---------------------------------------------------------------------------------------------- resnet_norms
@@ -486,9 +474,9 @@ def test_a_step_launches_few_operations(shapes):
     args = byol.parse_arguments(flags.split())
     online, target, optimizer = byol.set_up(args)
     byol.train_step(args, shapes.train, online, target, optimizer, 0)
-    with Count() as views:
+    with bench.Count() as views:
         byol.load_views(shapes.train, 1, args)
-    with Count() as update:
+    with bench.Count() as update:
         optimizer.step()
     assert views.n < 300 and update.n < 40
 
