@@ -1,13 +1,14 @@
 """Speed of byol.py: a step against its floor, and beside other implementations.
 
     python results/bench.py [byol.py's flags]               # step, floor, and where the time goes
-    python results/bench.py --peers [byol.py's flags]       # the same work in lightly and byol-pytorch, if installed
+    python results/bench.py --peers [byol.py's flags]       # the same work in lightly and byol-pytorch
 
-The floor is the same networks' two forwards and the backward on fixed tensors, nothing else. What is compared runs
-turn about, so that what else the machine does falls on all; figures are median, least and most of five rounds.
+The floor is the same networks' two forwards and the backward on fixed tensors, nothing else. What is compared
+runs turn about, so that what else the machine does falls on all: median, least and most of five rounds.
 """
 
 import copy
+import functools
 import importlib.util
 import json
 import resource
@@ -26,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import byol
 from resnet_norms import resnet18
 
-PEERS = {                   # importable name: (package on PyPI, what it leaves out of the work of byol.py)
+PEERS = {       # module: (package on PyPI, what it leaves out of the work of byol.py)
     "lightly": ("lightly==1.6.*", "collapse metrics"),
-    "byol_pytorch": ("byol-pytorch==0.9.*", "an augmentation for each image (one for the batch), blur wider than 3 "
-                     "pixels, BN statistics of each view, weights in channels_last, collapse metrics"),
+    "byol_pytorch": ("byol-pytorch==0.9.*", "metrics, per-image augmentation, wide blur, BN statistics by view"),
 }
 
 
@@ -45,12 +45,12 @@ class Count(TorchDispatchMode):
 
 def ready(flags):
     """A run before its first step: arguments, images, (online, target, optimizer)."""
-    args = byol.parse_arguments([*flags, "--steps", str(10**6)])        # so many that the schedules do not end
+    args = byol.parse_arguments([*flags, "--steps", str(10**6)])        # so that the schedules do not end
     images = byol.load_images(args).train
     return args, images if args.device == "cpu" else images.to(args.device), byol.set_up(args)
 
 
-def timed(work, n, device):
+def timed(work, device, n):
     """Milliseconds of one of n calls of `work`, which gets the numbers 0 to n - 1."""
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     wait()
@@ -62,42 +62,37 @@ def timed(work, n, device):
 
 
 def parts(args, images, online, target, optimizer):
-    """{name: a function that does this part of a step, the floor or the whole once}."""
+    """{name: a function that does this part of a step, or the floor, or the whole, once}."""
     views = byol.load_views(images, 0, args)
-    fixed = torch.randn_like(views)
     mixed = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
 
-    def forward(network, views):
+    def forward(network):
         with mixed:
             return network(views)
 
-    def target_forward(i=0, views=views):
-        with torch.no_grad():
-            forward(target, views)
-
-    def forward_and_backward(i=0, views=views):
-        forward(online, views)[2].float().square().mean().backward()
+    def both_ways(i):
+        forward(online)[2].float().square().mean().backward()
 
     def floor(i):
-        forward_and_backward(i, fixed)
-        target_forward(i, fixed)
+        both_ways(i)
+        torch.no_grad()(forward)(target)
 
     return {
         "step": lambda i: byol.train_step(args, images, online, target, optimizer, i),
         "floor": floor,
         "images": lambda i: images[byol.image_order(len(images), 0, 0)[: args.batch_size].to(images.device)],
         "images and views": lambda i: byol.load_views(images, i, args),
-        "online forward": lambda i: forward(online, views),
-        "target forward": target_forward,
-        "online forward and backward": forward_and_backward,
+        "online forward": lambda i: forward(online),
+        "target forward": lambda i: torch.no_grad()(forward)(target),
+        "online forward and backward": both_ways,
         "optimizer": lambda i: optimizer.step(),
         "EMA": lambda i: byol.update_target(target, online, 0.996),
     }
 
 
 def turn_about(works):
-    """{name: figures of five rounds} of {name: milliseconds of one of n calls}; a round lasts two seconds or so."""
-    calls = {name: max(1, min(50, int(2000 / work(2)))) for name, work in works.items()}
+    """{name: milliseconds in five rounds} of {name: function of n: milliseconds of one of n calls}."""
+    calls = {name: max(1, min(50, int(2000 / work(2)))) for name, work in works.items()}    # two seconds or so
     rounds = [{name: work(calls[name]) for name, work in works.items()} for _ in range(5)]
     return {name: [row[name] for row in rounds] for name in works}
 
@@ -111,7 +106,7 @@ def show(name, values, digits=1):
 def profile(flags):
     args, images, networks = ready(flags)
     works = parts(args, images, *networks)
-    table = turn_about({name: lambda n, work=work: timed(work, n, args.device) for name, work in works.items()})
+    table = turn_about({name: functools.partial(timed, work, args.device) for name, work in works.items()})
     print(f"{'milliseconds':32}{'median':>10}{'least':>10}{'most':>10}")
     figures = {name: show(name, values) for name, values in table.items()}
     figures["floor / step"] = show("floor / step", [f / s for f, s in zip(table["floor"], table["step"])], 3)
@@ -126,37 +121,26 @@ def profile(flags):
     print(f"{'peak memory in MiB':32}{figures['peak MiB']:10.0f}\n{json.dumps(figures)}")
 
 
-class Views(torch.utils.data.Dataset):
-    """uint8 images, held as PIL's, each with the result of `transform`."""
-
-    def __init__(self, images, transform):
-        self.images, self.transform = [TF.to_pil_image(image) for image in images], transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(self.images[i])
-
-
 def lightly(args, images, encoder):
-    """By lightly's documentation: data set, loss of a batch, parameters, what follows a step."""
+    """By lightly's documentation: collation of a batch, its loss, parameters, what follows a step."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import update_momentum
     from lightly.transforms import BYOLTransform, BYOLView1Transform
 
+    view = BYOLView1Transform(args.size, cj_sat=0.4, min_scale=0.2, gaussian_blur=0.5)
+    transform, pictures = BYOLTransform(view, view), [TF.to_pil_image(image) for image in images]
     online = nn.Sequential(encoder, BYOLProjectionHead(8 * args.width, 512, 128)).to(args.device)
     prediction = BYOLPredictionHead(128, 512, 128).to(args.device)
-    target = copy.deepcopy(online).requires_grad_(False)
-    loss, view = NegativeCosineSimilarity(), BYOLView1Transform(args.size, cj_sat=0.4, min_scale=0.2, gaussian_blur=0.5)
+    target, loss = copy.deepcopy(online).requires_grad_(False), NegativeCosineSimilarity()
 
-    def loss_of(batch):
-        z1, z2 = target(batch[0]), target(batch[1])
-        return loss(prediction(online(batch[0])), z2) + loss(prediction(online(batch[1])), z1)
+    def loss_of(v1, v2):
+        t1, t2 = target(v1), target(v2)
+        return loss(prediction(online(v1)), t2) + loss(prediction(online(v2)), t1)
 
+    collate = lambda chosen: torch.utils.data.default_collate([transform(pictures[i]) for i in chosen])
     parameters = [*online.parameters(), *prediction.parameters()]
-    return Views(images, BYOLTransform(view, view)), loss_of, parameters, lambda: update_momentum(online, target, 0.996)
+    return collate, loss_of, parameters, lambda: update_momentum(online, target, 0.996)
 
 
 def byol_pytorch(args, images, encoder):
@@ -165,36 +149,37 @@ def byol_pytorch(args, images, encoder):
 
     learner = BYOL(encoder, args.size, hidden_layer="layer4", projection_size=128, projection_hidden_size=512,
                    use_simplicial_embeddings=False)
-    dataset = torch.utils.data.TensorDataset(images / 255)
-    return dataset, lambda batch: learner(batch[0]), learner.parameters(), learner.update_moving_average
+    collate = lambda chosen: [images[chosen] / 255]
+    return collate, learner, learner.parameters(), learner.update_moving_average
 
 
 def peer(name, workers, flags):
-    """A function that trains n steps by the package `name`: milliseconds of one."""
+    """A function of n that trains n steps by the module `name`: milliseconds of one."""
     args, images, _ = ready(flags)
     encoder = resnet18("bn", args.width, args.stem).to(args.device)
-    dataset, loss_of, parameters, after = globals()[name](args, images.cpu(), encoder)
+    collate, loss_of, parameters, after = globals()[name](args, images.cpu(), encoder)
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    loader = torch.utils.data.DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    loader = torch.utils.data.DataLoader(range(len(images)), args.batch_size, shuffle=True, drop_last=True,
+                                         num_workers=workers, collate_fn=collate)
     batches = (batch for epoch in iter(int, 1) for batch in loader)
 
     def step(i):
-        loss = loss_of([view.to(args.device) for view in next(batches)])
+        loss = loss_of(*(view.to(args.device) for view in next(batches)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         after()
 
-    return lambda n: timed(step, n, args.device)
+    return functools.partial(timed, step, args.device)
 
 
 def serve(name, workers, *flags):
-    """In a process of its own: for each number read, train so many steps and print the milliseconds of one."""
+    """In a process of its own: for each number read, do so many steps and print the milliseconds of one."""
     if name in PEERS:
         work = peer(name, int(workers), flags)
     else:
         args, images, networks = ready(flags)
-        work = lambda n, part=parts(args, images, *networks)[name]: timed(part, n, args.device)
+        work = functools.partial(timed, parts(args, images, *networks)[name], args.device)
     for line in sys.stdin:
         print("ms", work(int(line)), flush=True)
 
@@ -211,10 +196,11 @@ def compare(flags):
     for package, _ in (PEERS[name] for name in PEERS if name not in there):
         print(f"left out, not installed: pip install '{package}'")
     works = {}
-    for name, workers in [("step", 0), ("floor", 0), *((name, workers) for name in there for workers in (0, 2))]:
+    peers = [(name, workers) for name in there for workers in (0, 2)]
+    for name, workers in [("step", 0), ("floor", 0), *peers]:
         command = [sys.executable, __file__, "--serve", name, str(workers), *flags]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        works[f"{name}, {workers} workers" if name in there else name] = lambda n, process=process: ask(process, n)
+        works[f"{name}, {workers} workers" if name in there else name] = functools.partial(ask, process)
     table, batch = turn_about(works), byol.parse_arguments(flags).batch_size
     print(f"{'samples per second':32}{'median':>10}{'least':>10}{'most':>10}")
     figures = {name: show(name, [1000 * batch / ms for ms in table[name]]) for name in works}
