@@ -920,6 +920,7 @@ def main(argv):
             save({**states, "progress": progress}, f"{args.out}/checkpoint.pt")
     for path in Path(args.out).glob("checkpoint.pt*") if log else ():
         path.unlink()
+    print(f"as a picture: python results/report.py {args.out}")
 
 
 if __name__ == "__main__":

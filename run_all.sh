@@ -3,17 +3,17 @@
 #
 #   bash run_all.sh                                 all claims, in both forms, on the embedded images
 #   bash run_all.sh C4 D7                           those of some claims
-#   bash run_all.sh full map                        what the claims do not need, only if named: full, wide, map
+#   bash run_all.sh full map                        what no claim needs, only if named: full, wide, map
 #   bash run_all.sh --list                          print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results/runs bash run_all.sh C3 C4 -- --width 16
 #
 # DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (1); each gets a GPU of its own where there
-# are several. STEPS: the length of every run, in place of the table's. OUT: where the runs' folders go (runs).
-# What stands after -- goes to every byol.py. A finished run is skipped, a cut-off one resumes, a failed one stops
-# no other and is named at the end. In a Slurm array each element runs its command, counted from 0.
+# are several. STEPS: the length of every run, not the table's. OUT: where the runs' folders go (runs).
+# What stands after -- goes to every byol.py. A finished run is skipped, a cut-off one resumes, a failed one
+# stops no other and is named at the end. In a Slurm array each element runs its command, counted from 0.
 #
-# A line makes two runs: NAME-code, the form of the blog's code (LARS on all parameters, no warm-up), and NAME-paper,
-# that of the BYOL paper's hyperparameters (LARS on weights, a linear warm-up over a tenth of the run).
+# A line makes two runs: NAME-code, the form of the blog's code (LARS on all parameters, no warm-up), and
+# NAME-paper, that of the BYOL paper (LARS on weights, a linear warm-up over a tenth of the run).
 
 GN="--enc-norm gn --mlp-norm none" LARS="--opt lars"
 
@@ -76,7 +76,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     --list) list=1 ;;
     -*) usage "$1 is not an option; byol.py's flags stand after --" ;;
     *)
-        cut -d ' ' -f 1 <<<"$CONFIGURATIONS" | tr , '\n' | grep -qxF -- "$1" || usage "$1 is no claim of the table"
+        cut -d ' ' -f 1 <<<"$CONFIGURATIONS" | tr , '\n' | grep -qxF -- "$1" || usage "$1 is no claim"
         claims+=" $1"
         ;;
     esac
@@ -106,17 +106,20 @@ runs() {
             [ "$STEPS" -eq 0 ] || steps=$STEPS
             case $flags in *--batch-size*) ;; *) flags="--batch-size 32 $flags" ;; esac
             for form in code paper; do
-                extra=
-                case $form/$flags in code/*lars*) extra=" --lars-on all" ;; paper/*) extra=" --warmup 0.1" ;; esac
-                printf '%s\t%s\t%s\n' "$name-$form-s$seed" "$steps" "python byol.py $flags$extra --steps $steps \
---data ${DATA:-shapes} --seed $seed --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2)) --threads 1 \
---out $OUT/$name-$form-s$seed$more"
+                extra="--steps $steps --data ${DATA:-shapes} --seed $seed --threads 1"
+                extra+=" --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2))"
+                case $form/$flags in
+                code/*lars*) extra+=" --lars-on all" ;;
+                paper/*) extra+=" --warmup 0.1" ;;
+                esac
+                extra+=" --out $OUT/$name-$form-s$seed$more"
+                printf '%s\t%s\t%s\n' "$name-$form-s$seed" "$steps" "python byol.py $flags $extra"
             done
         done <<<"$CONFIGURATIONS"
     done
 }
 
-# Run one line of `runs`, unless its log says that it is finished. Its output goes to a .txt beside its folder.
+# Run one line of `runs`, unless its log says that it is finished. Its output goes to a .txt beside it.
 run_one() {
     local name steps command
     IFS=$'\t' read -r name steps command <<<"$1"
@@ -127,7 +130,7 @@ run_one() {
     fi
     [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
     if eval "$command" >>"$OUT/$name.txt" 2>&1; then
-        echo "$name: $(tail -n 1 "$OUT/$name.txt")"
+        echo "$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)"
     else
         echo "$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")" >>"$FAILED"
     fi

@@ -810,7 +810,7 @@ def test_run_writes_what_it_promises(flags, folder, tmp_path, capsys):
     assert [line["step"] for line in evaluations] == [0, 5] if "--epochs" in flags else [0, 3, 5]
     assert all(set(line) == {"step", "accuracy", "state"} for line in evaluations)
     random, last = evaluations[0]["accuracy"], evaluations[-1]["accuracy"]
-    assert f"{last:.2f} %, of random features {random:.2f} %" in capsys.readouterr().out.splitlines()[-1]
+    assert f"{last:.2f} %, of random features {random:.2f} %" in capsys.readouterr().out.splitlines()[-2]
     names = set("step epoch loss lr ema pos_cos neg_cos rep_dist common z_norm q_norm live z_std y_std y_rank layers".split())
     layers = ["stem", "layer1", "layer2", "layer3", "layer4", "projection", "prediction"]
     contrastive = "moco" in flags or "simclr" in flags

@@ -6,6 +6,7 @@
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -348,16 +349,20 @@ def picture(runs, path):
     axes[0][1].set(xscale="symlog", yscale="log", xlabel="step", ylabel="loss", xlim=(1, None))
     axes[1][0].set(xlabel="step", ylabel="linear accuracy in %; step 0: random features")
     axes[1][1].set(xscale="symlog", yscale="log", xlabel="step", ylabel="LARS rate of layer1, where it has LARS")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=8)
     save(figure, path)
 
 
 def labels(runs):
-    """{name: the flags in which the runs differ, as one would type them}; the name where that is not enough."""
-    differ = [key for key in next(iter(runs.values())).flags if len({str(run.flags.get(key)) for run in runs.values()}) > 1]
-    texts = {name: " ".join(f"{key.replace('_', '-')} {run.flags.get(key)}" for key in differ) for name, run in runs.items()}
-    unique = len(set(texts.values())) == len(texts) > 1
-    return texts if unique else {name: name for name in runs}
+    """{name: the flags, as typed, in which the runs differ}; the folder's name where that does not tell them apart."""
+    typed = {}
+    for name, run in runs.items():
+        words = re.split(r" (?=--)", run.command)[1:]
+        typed[name] = [word for word in words if not word.startswith(("--out", "--data-dir", "--threads", "--log-every"))]
+    texts = {name: " ".join(word for word in words if not all(word in others for others in typed.values()))
+             for name, words in typed.items()}
+    unique = len(set(texts.values())) == len(texts)
+    return {name: texts[name] or "the rest as the others" for name in runs} if unique else {name: name for name in runs}
 
 
 def table(header, rows):
