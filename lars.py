@@ -22,9 +22,9 @@ class LARS(torch.optim.Optimizer):
     * buffer + local * (grad + weight_decay * w) w = w - lr * buffer
 
     A group with `lars=False` has local rate 1, as torch.optim.SGD. `rates` holds the last step's local rates,
-    left on the device: by parameter name if the optimizer was given named parameters, else by position.
-    Raises ValueError for a negative or non-finite setting, RuntimeError for a sparse gradient. In the code of
-    the BYOL blog post a tensor of norm 0 has local rate 0 and never moves.
+    left on the device: by parameter name if the optimizer was given names, else by position. ValueError for a
+    negative or non-finite setting, RuntimeError for a sparse gradient. In the code of the BYOL blog post a
+    tensor of norm 0 has local rate 0 and never moves.
     """
 
     rates = {}
@@ -81,28 +81,27 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
     """Parameter groups of `model` for LARS, or for torch.optim.SGD where lars_layers is None.
 
     lars_layers: regular expression; parameters in whose names it is found get LARS, the rest SGD. None: no
-    LARS, and weight decay on every parameter. lars_on: "weights" (BYOL paper) leaves biases and norm layers,
-    found by module type, without LARS and decay, "all" (the blog's code) gives them both. lr_mult: {regular
-    expression: factor}; a group's "lr_mult" is the product of those found in its names. The caller sets
-    group["lr"] = rate * group["lr_mult"] at each step. Raises ValueError if no parameter requires a gradient,
-    or for an expression malformed or found nowhere.
+        LARS, and weight decay on every parameter.
+    lars_on: "weights" (BYOL paper) leaves biases and norm layers, found by module type, without LARS and
+        decay, "all" (the blog's code) gives them both.
+    lr_mult: {regular expression: factor}; a group's "lr_mult" is the product of those found in its names. The
+        caller sets group["lr"] = rate * group["lr_mult"] at each step.
+    Raises ValueError if no parameter requires a gradient, or for an expression malformed or found nowhere.
     """
     if lars_on not in ("weights", "all"):
         raise ValueError(f"lars_on is {lars_on!r}, not weights or all")
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("no parameter of the model requires a gradient")
-    names = [name for name, _ in named]
     plain, adapted = set(), set()
     if lars_layers is not None:
         if lars_on == "weights":
-            norms = (module for module in model.modules() if isinstance(module, NORMS))
-            of_norms = {p for norm in norms for p in norm.parameters()}
-            plain = {name for name, p in named if p in of_norms or name.endswith("bias")}
-        adapted = find(lars_layers, [name for name in names if name not in plain])
-    factors = [(find(regex, names), factor) for regex, factor in (lr_mult or {}).items()]
+            of_norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}
+            plain = {name for name, p in named.items() if p in of_norms or name.endswith("bias")}
+        adapted = find(lars_layers, named.keys() - plain)
+    factors = [(find(regex, named), factor) for regex, factor in (lr_mult or {}).items()]
     groups = {}
-    for name, p in named:
+    for name, p in named.items():
         lars, decay = name in adapted, 0.0 if name in plain else weight_decay
         mult = math.prod(factor for found, factor in factors if name in found)
         group = dict(params=[], lars=lars, weight_decay=decay, lr_mult=mult)
@@ -117,5 +116,5 @@ def find(regex, names):
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{regex!r} is not a regular expression: {error}") from None
     if not found:
-        raise ValueError(f"{regex!r} is found in none of the layers {', '.join(names[:3])}, ...")
+        raise ValueError(f"{regex!r} is found in none of the layers {', '.join(sorted(names)[:3])}, ...")
     return found
