@@ -90,12 +90,16 @@ def parts(args, images, online, target, optimizer):
     }
 
 
-def turn_about(works, seconds):
-    """{name: milliseconds in five rounds} of {name: function of n: milliseconds of one of n calls}; a round has
-    about so many seconds of each."""
-    calls = {name: max(1, min(100, round(1000 * seconds / work(2)))) for name, work in works.items()}
-    rounds = [{name: work(calls[name]) for name, work in works.items()} for _ in range(5)]
-    return {name: [row[name] for row in rounds] for name in works}
+def turn_about(works, turns):
+    """{name: milliseconds in five rounds} of {name: function of n: milliseconds of one of n calls}. In a round
+    each has so many turns, of a second or of one call."""
+    calls = {name: max(1, min(100, round(1000 / work(2)))) for name, work in works.items()}
+    table = {name: [] for name in works}
+    for _ in range(5):
+        blocks = [{name: work(calls[name]) for name, work in works.items()} for _ in range(turns)]
+        for name in works:
+            table[name].append(statistics.mean(block[name] for block in blocks))
+    return table
 
 
 def show(name, values, digits=1):
@@ -108,8 +112,8 @@ def profile(flags):
     args, images, networks = ready(flags)
     works = parts(args, images, *networks)
     timers = {name: functools.partial(timed, work, args.device) for name, work in works.items()}
-    table = turn_about({name: timers.pop(name) for name in ("step", "floor")}, seconds=8)
-    table |= turn_about(timers, seconds=1)
+    table = turn_about({name: timers.pop(name) for name in ("step", "floor")}, turns=5)
+    table |= turn_about(timers, turns=1)
     print(f"{'milliseconds':32}{'median':>10}{'least':>10}{'most':>10}")
     figures = {name: show(name, values) for name, values in table.items()}
     figures["floor / step"] = show("floor / step", [f / s for f, s in zip(table["floor"], table["step"])], 3)
@@ -204,7 +208,7 @@ def compare(flags):
         command = [sys.executable, __file__, "--serve", name, str(workers), *flags]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         works[f"{name}, {workers} workers" if name in there else name] = functools.partial(ask, process)
-    table, batch = turn_about(works, seconds=6), byol.parse_arguments(flags).batch_size
+    table, batch = turn_about(works, turns=3), byol.parse_arguments(flags).batch_size
     print(f"{'samples per second':32}{'median':>10}{'least':>10}{'most':>10}")
     figures = {name: show(name, [1000 * batch / ms for ms in table[name]]) for name in works}
     for name in list(works)[1:]:
