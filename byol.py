@@ -458,7 +458,7 @@ def make_target(online, loss):
     target = copy.deepcopy(online).requires_grad_(False)
     target.prediction = nn.Identity()
     if loss == "moco":
-        target.register_buffer("queue", unit(torch.randn(QUEUE, 128)))
+        target.register_buffer("queue", F.normalize(torch.randn(QUEUE, 128)))
     return target
 
 
@@ -470,27 +470,23 @@ def update_target(target, online, tau):
 
 
 # ------------------------------------------------------------------------ losses
-def unit(x):
-    return F.normalize(x, dim=1)
-
-
 def byol_loss(q, z_target):
     """1 - cos(q, z'), mean over the batch: BYOL, equation 2, halved as in the blog's code. The squared
     distance of the unit vectors gives it without the rounding in which a cosine close to 1 drowns."""
-    return (unit(q) - unit(z_target)).square().sum(1).mean() / 2
+    return (F.normalize(q) - F.normalize(z_target)).square().sum(1).mean() / 2
 
 
 def moco_loss(q, z_target, queue, temperature=0.2):
     """InfoNCE of q against its own target and `queue`, (K, 128) unit vectors (MoCo, arXiv 1911.05722)."""
-    q = unit(q)
-    positive = (q * unit(z_target)).sum(1, keepdim=True)
+    q = F.normalize(q)
+    positive = (q * F.normalize(z_target)).sum(1, keepdim=True)
     logits = torch.cat([positive, q @ queue.T], 1) / temperature
     return -logits.log_softmax(1)[:, 0].mean()
 
 
 def simclr_loss(q1, q2, temperature=0.2):
     """NT-Xent over the 2N views of the batch (SimCLR, arXiv 2002.05709, equation 1)."""
-    q = unit(torch.cat([q1, q2]))
+    q = F.normalize(torch.cat([q1, q2]))
     itself = torch.eye(len(q), dtype=torch.bool, device=q.device)
     logits = (q @ q.T / temperature).masked_fill(itself, -math.inf)
     return F.cross_entropy(logits, torch.arange(len(q), device=q.device).roll(len(q1)))
@@ -507,7 +503,7 @@ def collapse_metrics(y1, z1, y2, z2):
     from squared distances, which stay exact where 1 - cos is smaller than rounding.
     """
     z_norm = torch.cat([z1, z2]).norm(dim=1).mean()
-    y1, z1, y2, z2 = (unit(t.float()) for t in (y1, z1, y2, z2))
+    y1, z1, y2, z2 = (F.normalize(t.float()) for t in (y1, z1, y2, z2))
     strangers = z1.var(0).sum() + z2.var(0).sum()       # mean squared distance of two images' z
     views = (z1 - z2).square().sum(1).mean()            # and of the two views of one image
     share = torch.linalg.svdvals(y1)
@@ -572,18 +568,6 @@ def measure(args, online, optimizer, y, z, q):
 
 
 # ------------------------------------------------------------------------ linear evaluation
-@torch.no_grad()
-def features(encoder, images, args):
-    """y of whole images, resized to --size, by the encoder in eval mode: (N, 8 * width), on the CPU."""
-    encoder.eval()
-    y = []
-    for x in images.split(256):
-        x = F.interpolate(x.to(args.device) / 255, (args.size, args.size), mode="bilinear", antialias=True)
-        y.append(encoder(normalize(x)).cpu())
-    encoder.train()
-    return torch.cat(y)
-
-
 def fit_linear(x, labels):
     """Multinomial logistic regression by L-BFGS to convergence: float64 (N, d), (N,) -> weight (d, C), bias
     (C,). It minimises mean cross-entropy + ||weight||^2 / 2N, as scikit-learn with C=1. The search runs along
@@ -618,6 +602,18 @@ def linear_accuracy(train, train_labels, test, test_labels):
     weight, bias = fit_linear(train / scale, train_labels)
     guess = (test / scale @ weight + bias).argmax(1)
     return 100 * (guess == test_labels).double().mean().item()
+
+
+@torch.no_grad()
+def features(encoder, images, args):
+    """y of whole images, resized to --size, by the encoder in eval mode: (N, 8 * width), on the CPU."""
+    encoder.eval()
+    y = []
+    for x in images.split(256):
+        x = F.interpolate(x.to(args.device) / 255, (args.size, args.size), mode="bilinear", antialias=True)
+        y.append(encoder(normalize(x)).cpu())
+    encoder.train()
+    return torch.cat(y)
 
 
 def evaluate(encoder, images, args):
@@ -722,11 +718,6 @@ def load_checkpoint(out, log, parts):
     return progress
 
 
-def is_finished(args):
-    last = Path(args.out, "metrics.jsonl").read_bytes().splitlines(keepends=True)[-1:]
-    return bool(last and re.fullmatch(rb'{"step": %d, "accuracy.*}\n' % args.steps, last[0]))
-
-
 # ------------------------------------------------------------------------ training
 def rate(step, steps, lr, warmup):
     """Learning rate of step 0, 1, ... of `steps`: linear warm-up over its share, then cosine to 0."""
@@ -805,7 +796,7 @@ def train_step(args, images, online, target, optimizer, step):
     optimizer.step()
     update_target(target, online, tau(step, args.steps, args.ema))
     if args.loss == "moco":
-        keys = unit(torch.cat([gather(t1), gather(t2)]))
+        keys = F.normalize(torch.cat([gather(t1), gather(t2)]))
         place = torch.arange(len(keys), device=keys.device) + step * len(keys)
         target.queue.index_copy_(0, place % QUEUE, keys)
     return loss.detach(), y.detach(), z.detach(), q.detach()
@@ -814,6 +805,8 @@ def train_step(args, images, online, target, optimizer, step):
 def begin(argv):
     """All that comes before the first step: flags, images, (online, target, optimizer), log (process 0's
     alone)."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     args = parse_arguments(argv)
     if WORLD > 1:
         dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
@@ -862,8 +855,10 @@ def one_line_errors():
 def main(argv):
     """Run the command line `argv`, from the last checkpoint if there is one."""
     args, images, (online, target, optimizer), log = begin(argv)
-    if is_finished(args):
-        return print(f"{args.out} holds this run, finished; remove the folder to run it again")
+    last = Path(args.out, "metrics.jsonl").read_bytes().splitlines(keepends=True)[-1:]
+    if last and re.fullmatch(rb'{"step": %d, "accuracy.*}\n' % args.steps, last[0]):
+        print(f"{args.out} holds this run, finished; remove the folder to run it again")
+        return
     parts = dict(online=online, target=target, optimizer=optimizer)
     progress = load_checkpoint(args.out, log, parts)
     network = DistributedDataParallel(online) if WORLD > 1 else online
@@ -880,8 +875,7 @@ def main(argv):
 
     if log and progress["step"] == 0:
         judge(0)
-    if log:
-        print("   step  left     loss   distance common     |z|     |q|   live units  state")
+    print("   step  left     loss   distance common     |z|     |q|   live units  state")
     clock, clock_step = time.perf_counter(), progress["step"]
     for step in range(progress["step"], args.steps):
         loss, *outputs = train_step(args, images.train, network, target, optimizer, step)

@@ -91,8 +91,8 @@ def parts(args, images, online, target, optimizer):
 
 
 def turn_about(works, turns):
-    """{name: milliseconds in five rounds} of {name: function of n: milliseconds of one of n calls}. In a round
-    each has so many turns, of a second or of one call."""
+    """{name: milliseconds in five rounds} of {name: function of n: milliseconds of one of n calls}. In a
+    round each has so many turns, of a second or of one call."""
     calls = {name: max(1, min(100, round(1000 / work(2)))) for name, work in works.items()}
     table = {name: [] for name in works}
     for _ in range(5):

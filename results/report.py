@@ -347,8 +347,8 @@ def picture(runs, path):
         rates = [(step, rate) for step, rate in zip(run.steps, run.column("lars_rate", "layer1")) if rate]
         axes[1][1].plot(*zip(*rates or [(1, 1)]), color=colour, lw=1.3, alpha=1 if rates else 0)
     axes[0][1].set(xscale="symlog", yscale="log", xlabel="step", ylabel="loss", xlim=(1, None))
-    axes[1][0].set(xlabel="step", ylabel="linear accuracy in %; step 0: random features")
-    axes[1][1].set(xscale="symlog", yscale="log", xlabel="step", ylabel="LARS rate of layer1, where it has LARS")
+    axes[1][0].set(xlabel="step", ylabel="accuracy in % (step 0: random features)")
+    axes[1][1].set(xscale="symlog", yscale="log", xlabel="step", ylabel="local LARS rate of layer1")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=8)
     save(figure, path)
 
@@ -361,8 +361,8 @@ def labels(runs):
         typed[name] = [word for word in words if not word.startswith(("--out", "--data-dir", "--threads", "--log-every"))]
     texts = {name: " ".join(word for word in words if not all(word in others for others in typed.values()))
              for name, words in typed.items()}
-    unique = len(set(texts.values())) == len(texts)
-    return {name: texts[name] or "the rest as the others" for name in runs} if unique else {name: name for name in runs}
+    unique = len(set(texts.values())) == len(texts) > 1
+    return {name: texts[name] or "the defaults" for name in runs} if unique else {name: name for name in runs}
 
 
 def table(header, rows):
