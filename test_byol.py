@@ -959,7 +959,7 @@ def test_too_large_a_step_is_refused(folder, tmp_path, capsys):
 @pytest.mark.parametrize("norms, state", [("", "healthy"), (GN, "collapsed")])
 @pytest.mark.parametrize("how", ["", "--amp", *(pytest.param(f"--device cuda {how}", marks=GPU) for how in ("", "--amp", "--compile"))])
 def test_verdicts_are_the_same(norms, state, how, folder, tmp_path):
-    main(*TINY, *norms.split(), *how.split(), "--data", f"folder:{folder}", "--steps", "80", "--out", tmp_path)
+    main(*TINY, *norms.split(), *how.split(), "--data", f"folder:{folder}", "--steps", "60", "--out", tmp_path)
     assert log(tmp_path)[-1]["state"] == state
 
 
