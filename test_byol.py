@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -1308,3 +1309,34 @@ def test_run_all_runs_what_the_rules_need(tmp_path):
         for line in run_all("--list", claim, OUT=str(tmp_path / claim)).stdout.splitlines():
             write_run(Path(shlex.split(line)[-1]), "healthy", 40)
         assert report.verdict_row(report.load(tmp_path / claim)[0], claim)[2] != "not run", claim
+
+
+# ---------------------------------------------------------------------------------------------- README.md
+
+
+def test_readme_commands_are_understood(monkeypatch):
+    """Each byol.py command of README.md and of the docstring has flags that the script takes."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    text = (HERE / "README.md").read_text() + byol.__doc__
+    lines = [line.split("#")[0] for line in text.replace("\\\n", " ").splitlines() if line.startswith("    ")]
+    commands = [shlex.split(line.split("byol.py", 1)[1].split("&&")[0]) for line in lines if " byol.py" in line]
+    for words in commands:
+        monkeypatch.setattr(byol, "WORLD", 8 if "--sync-bn" in words else 1)
+        byol.parse_arguments(words)
+    sweeps = [line.split("run_all.sh", 1)[1].split() for line in lines if "bash run_all.sh" in line]
+    assert len(commands) > 9 and all(run_all("--list", *words).returncode == 0 for words in sweeps) and sweeps
+
+
+def test_readme_snippets_run(folder, tmp_path, monkeypatch):
+    flags = "--enc-norm bn --width 64 --stem imagenet --batch-size 4 --steps 0 --out".split()
+    main("--data", f"folder:{folder}", *flags, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    names = dict(torch=torch, torchvision=torchvision, model=model, loss=model(torch.randn(4, 3)).sum(), state="untrained")
+    names |= {name: torch.randn(8, 16) for name in ("y1", "z1", "y2", "z2")}
+    blocks = [block for block in (HERE / "README.md").read_text().split("\n\n") if block.startswith(("    from", "    model"))]
+    for block in blocks:
+        exec(textwrap.dedent(block), names)
+    assert len(blocks) == 4 and names["state"] == "healthy" and names["y"].shape == (8, 512)
