@@ -1,6 +1,6 @@
 """Runs as pictures and verdicts, from their logs alone.
 
-    python results/report.py                the study: results/README.md and its figures, from results/runs and notes.md
+    python results/report.py                the study: results/README.md, from results/runs and notes.md
     python results/report.py runs           any folder of runs: a table, and runs/report.png
     python results/report.py runs/ONE       one run
 """
@@ -16,9 +16,9 @@ HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------------ runs
 class Run:
-    """One run's folder. Collapse and recovery are relative to the untrained network, whose distance the first line
-    of the log has: `falls` and `returns` are the steps at which the distance goes under a hundredth of it, and then
-    over a tenth. Raises ValueError for a folder that holds no run, or a damaged one."""
+    """One run's folder. Collapse and recovery are relative to the untrained network, whose distance the log's
+    first line has: `falls` and `returns` are the steps at which the distance goes under a hundredth of it, and
+    then over a tenth. Raises ValueError for a folder that holds no run, or a damaged one."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -94,8 +94,8 @@ def load(folder):
 
 
 # ------------------------------------------------------------------------ rules
-# Each takes the finished runs of one form and one seed, {configuration: Run}, and says whether the claim holds there. A
-# KeyError means that a run it needs is missing. EARLY is the share of a run that counts as "almost at once".
+# Each takes the finished runs of one form and one seed, {configuration: Run}, and says whether the claim holds
+# there. A KeyError means that a run it needs is missing. EARLY: the share of a run that is "almost at once".
 EARLY, USEFUL = 0.1, 2          # USEFUL: points over random features
 
 
@@ -177,8 +177,10 @@ def d4(runs):
     run = runs["gn-none-sgd-wd1e-5"]
     if run.state != "came back":
         return False
-    peaks = dict(zip(run.steps, map(max, zip(*(run.column("max_over_rms", mlp) for mlp in ("projection", "prediction"))))))
-    return peaks[run.lowest["step"]] > 1.5 * peaks[run.steps[0]] and peaks[run.returns[0]] < peaks[run.lowest["step"]]
+    both = zip(run.column("max_over_rms", "projection"), run.column("max_over_rms", "prediction"))
+    peaks = dict(zip(run.steps, map(max, both)))
+    down = peaks[run.lowest["step"]]
+    return down > 1.5 * peaks[run.steps[0]] and peaks[run.returns[0]] < down
 
 
 def d5(runs):
@@ -187,7 +189,7 @@ def d5(runs):
 
 
 def d6(runs):
-    """At the lowest distance the gradient of layer1 is under a tenth of its first, its LARS rate over ten times it."""
+    """At the lowest distance layer1's gradient is under a tenth of its first, its LARS rate over ten times it."""
     run = runs["gn-none-lars-early"]
     first, low = run.lines[0]["layers"]["layer1"], run.lowest["layers"]["layer1"]
     vanishes = low["grad_norm"] < first["grad_norm"] / 10
