@@ -456,7 +456,7 @@ def test_drawn_parameters_have_torchvisions_distribution():
 
 
 def test_views_depend_on_seed_and_step_alone(shapes):
-    def views(seed, step, before=()):
+    def views(seed, step):
         args = byol.parse_arguments(["--batch-size", "4", "--seed", str(seed)])
         return byol.load_views(shapes.train, step, args)
 
