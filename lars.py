@@ -1,9 +1,8 @@
 """LARS, layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888). Needs torch alone: copy it.
 
     from lars import LARS, param_groups
-    optimizer = LARS(param_groups(model, weight_decay=1.5e-6), lr=0.2)      # biases, norms: no LARS, no decay
-    loss.backward(); optimizer.step()
-    print(optimizer.rates)                                  # {"layer1.0.conv1.weight": tensor(0.0123), ...}
+    optimizer = LARS(param_groups(model, weight_decay=1.5e-6), lr=0.2)
+    print(optimizer.rates)      # after a step: {"layer1.0.conv1.weight": tensor(0.0123), ...}
 """
 
 import math
@@ -18,13 +17,13 @@ NORMS = (_NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, each tensor's step scaled with the local rate of You et al. 2017, equation 6:
 
-    local = eta * ||w|| / (||grad|| + weight_decay * ||w||) (1 where ||w|| or ||grad|| is 0) buffer = momentum
-    * buffer + local * (grad + weight_decay * w) w = w - lr * buffer
+        local = eta * ||w|| / (||grad|| + weight_decay * ||w||), 1 where ||w|| or ||grad|| is 0
+        buffer = momentum * buffer + local * (grad + weight_decay * w)
+        w = w - lr * buffer
 
-    A group with `lars=False` has local rate 1, as torch.optim.SGD. `rates` holds the last step's local rates,
-    left on the device: by parameter name if the optimizer was given names, else by position. ValueError for a
-    negative or non-finite setting, RuntimeError for a sparse gradient. In the code of the BYOL blog post a
-    tensor of norm 0 has local rate 0 and never moves.
+    The code of the BYOL blog post has 0 for that 1, so a tensor of zeros never moves. A group with
+    `lars=False` is stepped as by SGD. `rates` holds the last step's local rates, left on the device, by name,
+    or by parameter if LARS was given no names. ValueError for a setting that is not in [0, inf).
     """
 
     rates = {}
@@ -41,38 +40,36 @@ class LARS(torch.optim.Optimizer):
         """One update; returns the closure's loss, or None without a closure."""
         with torch.enable_grad():
             loss = closure() if closure else None
-        self.rates, first = {}, 0
+        self.rates = {}
         for group in self.param_groups:
-            names = group.get("param_names", range(first, first + len(group["params"])))
-            first += len(group["params"])
-            named = [(name, p) for name, p in zip(names, group["params"]) if p.grad is not None]
+            params = group["params"]
+            names = group.get("param_names", params)
+            named = [(name, p) for name, p in zip(names, params) if p.grad is not None]
             if named:
                 self._update(group, *zip(*named))
         return loss
 
     def _update(self, group, names, params):
         grads = [p.grad for p in params]
-        if any(g.is_sparse for g in grads):
-            raise RuntimeError("LARS does not support sparse gradients")
-        steps = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        decay = group["weight_decay"]
+        steps = torch._foreach_add(grads, params, alpha=decay)
         if group["lars"]:
-            rates = local_rates(params, grads, group["eta"], group["weight_decay"])
+            rates = local_rates(params, grads, group["eta"], decay)
             steps = torch._foreach_mul(steps, rates)
             self.rates.update(zip(names, rates))
-        if group["momentum"]:
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, steps)
-            steps = buffers
-        torch._foreach_add_(params, steps, alpha=-group["lr"])
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, steps)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 def local_rates(params, grads, eta, weight_decay):
     """The local rate of each parameter, a tuple of 0-d tensors (You et al. 2017, equation 6)."""
-    w, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
+    w = torch.stack(torch._foreach_norm(params))
+    g = torch.stack(torch._foreach_norm(grads))
     ratios = eta * w / (g + weight_decay * w)
     return torch.where((w > 0) & (g > 0), ratios, 1.0).unbind()
 
@@ -80,12 +77,10 @@ def local_rates(params, grads, eta, weight_decay):
 def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mult=None):
     """Parameter groups of `model` for LARS, or for torch.optim.SGD where lars_layers is None.
 
-    lars_layers: regular expression; parameters in whose names it is found get LARS, the rest SGD. None: no
-        LARS, and weight decay on every parameter.
-    lars_on: "weights" (BYOL paper) leaves biases and norm layers, found by module type, without LARS and
-        decay, "all" (the blog's code) gives them both.
-    lr_mult: {regular expression: factor}; a group's "lr_mult" is the product of those found in its names. The
-        caller sets group["lr"] = rate * group["lr_mult"] at each step.
+    lars_layers: regular expression; where it is found in a name there is LARS, elsewhere SGD.
+    lars_on: "weights" leaves biases and norm layers without LARS and decay (BYOL paper), "all" does not.
+    lr_mult: {regular expression: factor}; a group's "lr_mult" is the product of those found in its names,
+        and the caller sets group["lr"] = rate * group["lr_mult"] at each step.
     Raises ValueError if no parameter requires a gradient, or for an expression malformed or found nowhere.
     """
     if lars_on not in ("weights", "all"):
@@ -93,19 +88,24 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("no parameter of the model requires a gradient")
-    plain, adapted = set(), set()
+    plain = set()
+    adapted = set()
     if lars_layers is not None:
         if lars_on == "weights":
             of_norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}
             plain = {name for name, p in named.items() if p in of_norms or name.endswith("bias")}
         adapted = find(lars_layers, named.keys() - plain)
-    factors = [(find(regex, named), factor) for regex, factor in (lr_mult or {}).items()]
+    factors = []
+    for regex, factor in (lr_mult or {}).items():
+        factors.append((find(regex, named), factor))
     groups = {}
     for name, p in named.items():
-        lars, decay = name in adapted, 0.0 if name in plain else weight_decay
+        lars = name in adapted
+        decay = 0.0 if name in plain else weight_decay
         mult = math.prod(factor for found, factor in factors if name in found)
+        key = (lars, decay, mult)
         group = dict(params=[], lars=lars, weight_decay=decay, lr_mult=mult)
-        groups.setdefault((lars, decay, mult), group)["params"].append((name, p))
+        groups.setdefault(key, group)["params"].append((name, p))
     return list(groups.values())
 
 

@@ -37,18 +37,17 @@ class WSConv2d(nn.Conv2d):
     def forward(self, x):
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
         tiny = torch.finfo(variance.dtype).tiny
-        return self._conv_forward(x, (self.weight - mean) * variance.clamp_min(tiny).rsqrt(), self.bias)
+        weight = (self.weight - mean) * variance.clamp_min(tiny).rsqrt()
+        return self._conv_forward(x, weight, self.bias)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut (He et al. 2016, figure 5): (N, c_in, H, W) -> (N, c_out, H/s,
-    W/s)."""
+    """Two 3 x 3 convolutions and a shortcut (He et al. 2016): (N, c_in, H, W) -> (N, c_out, H', W')."""
 
     def __init__(self, c_in, c_out, stride, conv, norm):
         super().__init__()
         self.conv1 = conv(c_in, c_out, 3, stride, padding=1)
         self.bn1 = norm(c_out)
-        self.relu = nn.ReLU(inplace=True)
         self.conv2 = conv(c_out, c_out, 3, padding=1)
         self.bn2 = norm(c_out)
         self.downsample = None
@@ -60,9 +59,13 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(conv(c_in, c_out, 1, stride // self.skip), norm(c_out))
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x[:, :, :: self.skip, :: self.skip])
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+        shortcut = x
+        if self.downsample is not None:
+            kept = x[:, :, :: self.skip, :: self.skip]
+            shortcut = self.downsample(kept)
+        x = torch.relu_(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return torch.relu_(x + shortcut)
 
 
 class ResNet(nn.Module):
@@ -72,16 +75,17 @@ class ResNet(nn.Module):
         super().__init__()
         if stem == "imagenet":
             self.conv1 = conv(3, width, 7, stride=2, padding=3)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
             self.conv1 = conv(3, width, 3, padding=1)
+            self.maxpool = nn.Identity()
         self.bn1 = norm(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
         c_in = width
         for i in range(4):
-            c_out, stride = width * 2**i, 1 if i == 0 else 2
-            blocks = BasicBlock(c_in, c_out, stride, conv, norm), BasicBlock(c_out, c_out, 1, conv, norm)
-            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            c_out = width * 2**i
+            first = BasicBlock(c_in, c_out, 1 if i == 0 else 2, conv, norm)
+            second = BasicBlock(c_out, c_out, 1, conv, norm)
+            self.add_module(f"layer{i + 1}", nn.Sequential(first, second))
             c_in = c_out
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -90,8 +94,11 @@ class ResNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = torch.relu_(self.bn1(self.conv1(x)))
+        x = self.layer1(self.maxpool(x))
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
