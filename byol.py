@@ -659,11 +659,11 @@ def write_line(log, line):
         stop(1, f"{log.name}: {error.strerror}")
 
 
-def describe(args, argv, digest):
+def describe(args, digest):
     """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
     flags = {name: value for name, value in vars(args).items() if name not in PLACES}
     config = {"flags": {**flags, "images": digest, "processes": WORLD}}
-    config["command"] = shlex.join(["python", "byol.py", *argv])
+    config["command"] = shlex.join(["python", *sys.argv])
     config["versions"] = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
     if args.device != "cpu":
         config["gpu"] = torch.cuda.get_device_name(args.device)
@@ -822,7 +822,7 @@ def begin(argv):
         args.steps = args.epochs * (n // args.batch_size)
     if args.device != "cpu" and images.train.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
         images = images._replace(train=images.train.to(args.device))
-    log = open_run(args.out, describe(args, argv, images.digest)) if RANK == 0 else None
+    log = open_run(args.out, describe(args, images.digest)) if RANK == 0 else None
     if WORLD > 1:
         dist.barrier()
     return args, images, networks, log

@@ -2,20 +2,21 @@
 # Every configuration of the study, one line each. Results: results/README.md
 #
 #   bash run_all.sh                                 all claims, in both forms, on the embedded images
-#   bash run_all.sh C4 D7                           those of some claims
-#   bash run_all.sh full map                        what no claim needs, only if named: full, wide, map
+#   bash run_all.sh C4 D7 gn-none-lars-0.5          those of some claims, some configurations
+#   bash run_all.sh full why wide map               what no claim needs, only if named
 #   bash run_all.sh --list                          print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results/runs bash run_all.sh C3 C4 -- --width 16
 #
-# DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (1); each gets a GPU of its own where there
-# are several. STEPS: the length of every run, not the table's. OUT: where the runs' folders go (runs).
-# What stands after -- goes to every byol.py. A finished run is skipped, a cut-off one resumes, a failed one
-# stops no other and is named at the end. In a Slurm array each element runs its command, counted from 0.
+# DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (1), each on its GPU of several.
+# STEPS: every run's length, not the table's. OUT: the runs' folder (runs). What stands after -- goes to every
+# command. A finished run is skipped, a cut-off one resumes, a failed one stops no other and is named at the
+# end. In a Slurm array each element runs its command, counted from 0.
 #
 # A line makes two runs: NAME-code, the form of the blog's code (LARS on all parameters, no warm-up), and
-# NAME-paper, that of the BYOL paper (LARS on weights, a linear warm-up over a tenth of the run).
+# NAME-paper, the BYOL paper's (LARS on weights, a linear warm-up over a tenth of the run); if its name ends
+# in -code or -paper, that one alone. NAME@SWITCH is NAME with one thing changed.
 
-GN="--enc-norm gn --mlp-norm none" LARS="--opt lars"
+GN="--enc-norm gn --mlp-norm none" LARS="--opt lars" CONVS="conv|downsample.0" MLPS="(projection|prediction)"
 
 # claims       name                    steps   flags
 CONFIGURATIONS="
@@ -44,6 +45,17 @@ D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none --lr 0.2
 full           full-gn-none-sgd-wd1e-5 131200  $GN --lr 0.2 --weight-decay 1e-5
 full           full-gnws-none-sgd      131200  --enc-norm gn+ws --mlp-norm none --lr 0.2
+why            harm-lengths-paper       6000    results/harm.py lengths $GN --lr 0.2 --batch-size 32
+why            harm-units-paper         6000    results/harm.py units $GN --lr 0.2 --batch-size 32
+why            harm-both-paper          6000    results/harm.py both $GN --lr 0.2 --batch-size 32
+why            lars-all-0.05-code      3000    $GN $LARS --lr 0.05
+why            lars-weights-0.05-code  3000    $GN $LARS --lr 0.05 --lars-layers '$CONVS|$MLPS.*weight'
+why            lars-norms-0.05-code    3000    $GN $LARS --lr 0.05 --lars-layers 'encoder|$MLPS.*weight'
+why            lars-biases-0.05-code   3000    $GN $LARS --lr 0.05 --lars-layers '$CONVS|$MLPS'
+why            lars-all-0.2-warm-code  6000    $GN $LARS --lr 0.2 --warmup 0.1
+why            growth-sgd-paper        6000    results/growth.py $GN --lr 0.2 --batch-size 32
+why            growth-sgd-code         2000    results/growth.py $GN --lr 0.2 --batch-size 32
+why            growth-lars-code        2000    results/growth.py $GN $LARS --lr 0.2 --batch-size 32
 "
 WIDE="--width 64 --stem imagenet --size 96 --batch-size 256"
 while read -r name flags; do
@@ -59,7 +71,11 @@ END
 for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
     for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
         gn="$GN --lr $lr --weight-decay $decay"
-        CONFIGURATIONS+="map map-sgd-$lr-$decay 3000 $gn"$'\n'"map map-lars-$lr-$decay 3000 $gn $LARS"$'\n'
+        CONFIGURATIONS+="map map-sgd-$lr-$decay-paper 3000 $gn"$'\n'
+        CONFIGURATIONS+="map map-lars-$lr-$decay 3000 $gn $LARS"$'\n'
+    done
+    for warmup in 0 0.01 0.03 0.1 0.3 1; do
+        CONFIGURATIONS+="map map-warmup-$lr-$warmup-code 3000 $GN --lr $lr --warmup $warmup"$'\n'
     done
 done
 
@@ -69,15 +85,14 @@ usage() {
     exit 2
 }
 [ -f byol.py ] || usage "run it in the folder that holds byol.py"
-list=''
-claims=''
+list='' claims=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
     --list) list=1 ;;
     -*) usage "$1 is not an option; byol.py's flags stand after --" ;;
     *)
-        cut -d ' ' -f 1 <<<"$CONFIGURATIONS" | tr , '\n' | grep -qxF -- "$1" || usage "$1 is no claim"
-        claims+=" $1"
+        awk '{print $1 "," $2}' <<<"$CONFIGURATIONS" | tr , '\n' | grep -qxF -- "$1" || usage "$1 is unknown"
+        claims+="${claims:+|}$1"
         ;;
     esac
     shift
@@ -93,27 +108,25 @@ export OUT=${OUT:-runs} JOBS
 
 # A line for each run: its name, its length and its command, separated by tabs.
 runs() {
-    local seed ids name steps flags form extra wanted more=''
+    local more=''
     [ $# -eq 0 ] || printf -v more ' %q' "$@"
     for seed in $SEEDS; do
         while read -r ids name steps flags; do
-            wanted=
-            case $claims/$ids in */ | /full | /wide | /map) continue ;; /*) wanted=1 ;; esac
-            for claim in $claims; do
-                case ,$ids, in *",$claim,"*) wanted=1 ;; esac
-            done
-            [ -n "$wanted" ] || continue
+            [[ ,$ids,$name, =~ ,(${claims:-[A-Z][0-9]+}), ]] || continue
             [ "$STEPS" -eq 0 ] || steps=$STEPS
             case $flags in *--batch-size*) ;; *) flags="--batch-size 32 $flags" ;; esac
+            case $flags in results/*) script= ;; *) script="byol.py " ;; esac
             for form in code paper; do
+                case $name-$form in *-code-paper | *-paper-code) continue ;; esac
+                run=${name%-"$form"}-$form-s$seed
                 extra="--steps $steps --data ${DATA:-shapes} --seed $seed --threads 1"
                 extra+=" --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2))"
                 case $form/$flags in
                 code/*lars*) extra+=" --lars-on all" ;;
                 paper/*) extra+=" --warmup 0.1" ;;
                 esac
-                extra+=" --out $OUT/$name-$form-s$seed$more"
-                printf '%s\t%s\t%s\n' "$name-$form-s$seed" "$steps" "python byol.py $flags $extra"
+                extra+=" --out $OUT/$run$more"
+                printf '%s\t%s\t%s\n' "$run" "$steps" "python $script$flags $extra"
             done
         done <<<"$CONFIGURATIONS"
     done

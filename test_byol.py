@@ -1023,11 +1023,16 @@ def test_run_all_is_clean_shell():
 
 
 def test_run_all_lists_and_runs_nothing(tmp_path):
-    output = run_all("--list", SEEDS="0 1", OUT=str(tmp_path / "out"), STEPS="7").stdout
+    settings = dict(SEEDS="0 1", OUT=str(tmp_path / "out"), STEPS="7")
+    output = run_all("--list", **settings).stdout + run_all("--list", "full", "why", "wide", "map", **settings).stdout
     commands = [shlex.split(line) for line in output.splitlines()]
-    assert len(commands) == len({c[c.index("--out") + 1] for c in commands}) and not (tmp_path / "out").exists()
-    for command in commands:
-        assert command[:2] == ["python", "byol.py"] and byol.parse_arguments(command[2:]).steps == 7
+    assert len(commands) == len({command[command.index("--out") + 1] for command in commands}) > 400
+    assert not (tmp_path / "out").exists()
+    for python, script, *words in commands:
+        assert python == "python" and (HERE / script).exists()
+        assert byol.parse_arguments(words[script == "results/harm.py" :]).steps == 7
+    one = run_all("--list", "gn-none-lars-0.5").stdout.splitlines()
+    assert len(one) == 2 and all("--lr 0.5" in command for command in one)
     output = run_all("--list", "C4", "--", "--lr-mult", "layer[1]=2 ").stdout
     assert shlex.split(output)[-2:] == ["--lr-mult", "layer[1]=2 "]
     for arguments in (["C9"], [".*"], ["-x"], ["--", "--seed", "7"]):
@@ -1178,6 +1183,21 @@ def test_odd_surroundings(folder, tmp_path):
 # ---------------------------------------------------------------------------------------------- results
 
 
+def test_growth_and_harm_are_runs_of_byol(tmp_path):
+    """growth.py's log has a key more, harm.py's is another one from the step on at which it interferes."""
+    flags = [*TINY, *GN.split(), "--log-every", "30", "--steps", "66", "--out"]
+    main(*flags, tmp_path / "plain")
+    for script, *words in (["growth"], ["harm", "both"]):
+        command = [sys.executable, HERE / "results" / f"{script}.py", *words, *flags, tmp_path / script]
+        subprocess.run(command, check=True)
+    plain, grown, harmed = (log(tmp_path / name) for name in ("plain", "growth", "harm"))
+    measured = [line.pop("growth") for line in grown if "loss" in line]
+    assert grown == plain and len(measured) == 10
+    assert all(0 <= values["strongest"] <= values["distance"] for values in measured)
+    assert harmed[:-2] == plain[:-2]
+    assert harmed[-2]["live"][1] < 0.01 and harmed[-2]["q_norm"] == pytest.approx(2800, rel=0.1)
+
+
 @pytest.mark.parametrize("flags", ["", f"{GN} --opt lars --loss simclr --amp", pytest.param("--device cuda", marks=GPU)])
 def test_bench_times_every_part(flags, capsys, monkeypatch):
     timed = bench.timed
@@ -1194,121 +1214,185 @@ def test_bench_times_every_part(flags, capsys, monkeypatch):
 
 DISTANCES = {  # at steps 1 to 100
     "healthy": [0.5] * 100,
-    "collapsed": [0.5] * 2 + [1e-6] * 98,
-    "collapsed late": [0.5] * 60 + [1e-6] * 40,
-    "recovered": [0.5] * 2 + [1e-6] * 58 + [0.1] * 40,
-    "recovered early": [0.5] * 2 + [1e-6] * 8 + [0.1] * 90,
-    "relapsed": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
-    "twice": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 20 + [0.1] * 20,
+    "down": [0.5] * 2 + [1e-6] * 98,
+    "down-late": [0.5] * 60 + [1e-6] * 40,
+    "back": [0.5] * 2 + [1e-6] * 58 + [0.1] * 40,
+    "back-early": [0.5] * 2 + [1e-6] * 8 + [0.1] * 90,
+    "down-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
+    "back-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 20 + [0.1] * 20,
 }
-GNN, CONTROL = "gn-none-", ("bn-bn-sgd", "healthy", 40)
-EVIDENCE = {  # claim: runs that bear it out, then runs that contradict it: name, distances, accuracy (random: 20), layers
-    "C1": ([("bn-none-sgd-long", "recovered", 40)], [("bn-none-sgd-long", "collapsed", 40)], [("bn-none-sgd-long", "recovered", 21)]),
-    "C2": ([("bn-none-lars", "healthy", 40), ("bn-none-sgd", "recovered", 30)],
-           [("bn-none-lars", "healthy", 30), ("bn-none-sgd", "recovered", 40)],
-           [("bn-none-lars", "recovered", 40), ("bn-none-sgd", "recovered", 30)]),
-    "C3": ([CONTROL, ("bn-none-sgd-long", "recovered", 30)], [("bn-bn-sgd", "recovered", 40), ("bn-none-sgd-long", "recovered", 30)],
-           [CONTROL, ("bn-none-sgd-long", "recovered", 41)]),
-    "C4": ([(GNN + "sgd", "collapsed", 20)], [(GNN + "sgd", "collapsed late", 20)], [(GNN + "sgd", "recovered", 20)], [(GNN + "sgd", "healthy", 20)]),
-    "C5": ([("gn-bn-sgd", "healthy", 40)], [("gn-bn-sgd", "recovered", 40)], [("gn-bn-sgd", "healthy", 21)]),
-    "C6": ([(GNN + "lars-0.2", "recovered", 30), ("gn-bn-sgd", "healthy", 40)], [(GNN + "lars-0.2", "collapsed", 30), ("gn-bn-sgd", "healthy", 40)],
-           [(GNN + "lars-0.2", "recovered", 50), ("gn-bn-sgd", "healthy", 40)], [(GNN + "lars-0.2", "healthy", 30), ("gn-bn-sgd", "healthy", 40)]),
-    "C7": ([(GNN + "lars-0.1", "collapsed", 20)], [(GNN + "lars-0.1", "healthy", 30)], [(GNN + "lars-0.1", "recovered", 20)]),
-    "D1": ([(GNN + "sgd-wd1e-5", "recovered", 30)], [(GNN + "sgd-wd1e-5", "collapsed", 30)], [(GNN + "sgd-wd1e-5", "healthy", 30)]),
-    "D2": ([(GNN + "sgd-wd1e-4", "relapsed", 30)], [(GNN + "sgd-wd1e-4", "collapsed", 30)]),
-    "D3": ([(GNN + f"sgd-wd{wd}", "collapsed", 20) for wd in ("1e-6", "1e-3")], [(GNN + f"sgd-wd{wd}", "recovered", 20) for wd in ("1e-6", "1e-3")]),
-    "D4": ([(GNN + "sgd-wd1e-5", "recovered", 30)], [(GNN + "sgd-wd1e-5", "recovered", 30, "flat")], [(GNN + "sgd-wd1e-5", "collapsed", 30)]),
-    "D5": ([("gnws-none-sgd", "twice", 30)], [("gnws-none-sgd", "recovered", 30)], [("gnws-none-sgd", "relapsed", 30)]),
-    "D6": ([(GNN + "lars-early", "recovered", 30)], [(GNN + "lars-early", "recovered", 30, "flat")], [(GNN + "lars-early", "healthy", 30)]),
-    "D7": ([(GNN + "lars-early", "recovered early", 30), (GNN + "lars-0.2", "recovered", 30), (GNN + "lars-mlps", "relapsed", 30)],
-           [(GNN + "lars-early", "recovered", 30), (GNN + "lars-0.2", "recovered early", 30), (GNN + "lars-mlps", "relapsed", 30)]),
-    "D8": ([(GNN + "sgd-early", "collapsed", 20)], [(GNN + "sgd-early", "relapsed", 20)]),
-    "D9": ([(GNN + "lars-mlps", "relapsed", 20)], [(GNN + "lars-mlps", "collapsed", 20)], [(GNN + "lars-mlps", "recovered", 20)]),
-    "D10": ([(GNN + "lars-0.5", "recovered", 30), (GNN + "lars-0.1", "collapsed late", 20)],
-            [(GNN + "lars-0.5", "recovered", 30), (GNN + "lars-0.1", "recovered", 20)], [(GNN + "lars-0.5", "relapsed", 30), (GNN + "lars-0.1", "collapsed", 20)]),
-    "B1": ([("bn-none-sgd-short", "collapsed", 20)], [("bn-none-sgd-short", "collapsed", 30)]),
-    "B2": ([("bn-ln-sgd-short", "collapsed", 20)], [("bn-ln-sgd-short", "collapsed", 30)]),
-    "B3": ([("bn-none-moco", "healthy", 30)], [("bn-none-moco", "collapsed", 30)], [("bn-none-moco", "healthy", 20)]),
-    "B4": ([("bn-bn.none-sgd", "healthy", 30), ("bn-none.bn-sgd", "healthy", 30)], [("bn-bn.none-sgd", "healthy", 30), ("bn-none.bn-sgd", "collapsed", 30)]),
-    "B5": ([(GNN + "sgd", "collapsed", 30)], [(GNN + "sgd", "healthy", 30)]),
-    "X1": ([("gnws-none-lars", "healthy", 31), CONTROL], [("gnws-none-lars", "healthy", 29), CONTROL], [("gnws-none-lars", "collapsed", 31), CONTROL]),
-}
+# What bears a claim out (+), and what contradicts it (-). A run: its name, DISTANCES, accuracy (random
+# features: 20), and `flat` where nothing in the layers changes.
+EVIDENCE = """
+C1  + bn-none-sgd-long back 40
+C1  - bn-none-sgd-long down 40
+C1  - bn-none-sgd-long back 21
+C2  + bn-none-lars healthy 40, bn-none-sgd back 30
+C2  - bn-none-lars healthy 30, bn-none-sgd back 40
+C2  - bn-none-lars back 40, bn-none-sgd back 30
+C3  + bn-bn-sgd healthy 40, bn-none-sgd-long back 30
+C3  - bn-bn-sgd back 40, bn-none-sgd-long back 30
+C3  - bn-bn-sgd healthy 40, bn-none-sgd-long back 41
+C4  + gn-none-sgd down 20
+C4  - gn-none-sgd down-late 20
+C4  - gn-none-sgd back 20
+C4  - gn-none-sgd healthy 20
+C5  + gn-bn-sgd healthy 40
+C5  - gn-bn-sgd back 40
+C5  - gn-bn-sgd healthy 21
+C6  + gn-none-lars-0.2 back 30, gn-bn-sgd healthy 40
+C6  - gn-none-lars-0.2 down 30, gn-bn-sgd healthy 40
+C6  - gn-none-lars-0.2 back 50, gn-bn-sgd healthy 40
+C6  - gn-none-lars-0.2 healthy 30, gn-bn-sgd healthy 40
+C7  + gn-none-lars-0.1 down 20
+C7  - gn-none-lars-0.1 healthy 30
+C7  - gn-none-lars-0.1 back 20
+D1  + gn-none-sgd-wd1e-5 back 30
+D1  - gn-none-sgd-wd1e-5 down 30
+D1  - gn-none-sgd-wd1e-5 healthy 30
+D2  + gn-none-sgd-wd1e-4 down-again 30
+D2  - gn-none-sgd-wd1e-4 down 30
+D3  + gn-none-sgd-wd1e-6 down 20, gn-none-sgd-wd1e-3 down 20
+D3  - gn-none-sgd-wd1e-6 back 20, gn-none-sgd-wd1e-3 down 20
+D4  + gn-none-sgd-wd1e-5 back 30
+D4  - gn-none-sgd-wd1e-5 back 30 flat
+D4  - gn-none-sgd-wd1e-5 down 30
+D5  + gnws-none-sgd back-again 30
+D5  - gnws-none-sgd back 30
+D5  - gnws-none-sgd down-again 30
+D6  + gn-none-lars-early back 30
+D6  - gn-none-lars-early back 30 flat
+D6  - gn-none-lars-early healthy 30
+D7  + gn-none-lars-early back-early 30, gn-none-lars-0.2 back 30, gn-none-lars-mlps down-again 30
+D7  - gn-none-lars-early back 30, gn-none-lars-0.2 back-early 30, gn-none-lars-mlps down-again 30
+D8  + gn-none-sgd-early down 20
+D8  - gn-none-sgd-early down-again 20
+D9  + gn-none-lars-mlps down-again 20
+D9  - gn-none-lars-mlps down 20
+D9  - gn-none-lars-mlps back 20
+D10 + gn-none-lars-0.5 back 30, gn-none-lars-0.1 down-late 20
+D10 - gn-none-lars-0.5 back 30, gn-none-lars-0.1 back 20
+D10 - gn-none-lars-0.5 down-again 30, gn-none-lars-0.1 down 20
+B1  + bn-none-sgd-short down 20
+B1  - bn-none-sgd-short down 30
+B2  + bn-ln-sgd-short down 20
+B2  - bn-ln-sgd-short down 30
+B3  + bn-none-moco healthy 30
+B3  - bn-none-moco down 30
+B3  - bn-none-moco healthy 20
+B4  + bn-bn.none-sgd healthy 30, bn-none.bn-sgd healthy 30
+B4  - bn-bn.none-sgd healthy 30, bn-none.bn-sgd down 30
+B5  + gn-none-sgd down 30
+B5  - gn-none-sgd healthy 30
+X1  + gnws-none-lars healthy 31, bn-bn-sgd healthy 40
+X1  - gnws-none-lars healthy 29, bn-bn-sgd healthy 40
+X1  - gnws-none-lars down 31, bn-bn-sgd healthy 40
+"""
 
 
-def write_run(out, distances, accuracy, layers="", seed=0):
+def write_run(folder, ending, run):
+    """A run's folder, NAME and `ending`, as EVIDENCE describes it."""
+    name, distances, accuracy, *flat = run.split()
+    out = folder / (name + ending)
     out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(dict(flags=dict(steps=100, seed=seed, lr=0.2), command="python byol.py", cpu="C")))
+    flags = dict(steps=100, lr=0.2, weight_decay=1e-4, warmup=0.1, proj_norm="none", pred_norm="none", loss="byol")
+    (out / "config.json").write_text(json.dumps(dict(flags=flags, command="python byol.py", cpu="C")))
     lines = [dict(step=0, accuracy=20, state="untrained")]
     for step, distance in enumerate(DISTANCES[distances], 1):
         values = dict(grad_norm=1.0, lars_rate=0.01, max_over_rms=5.0)
-        if layers != "flat":            # as the appendix has it: vanishing gradients, exploding rates, a few large weights
-            values = dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=10.0 if distance < 0.01 else 5.0)
-        lines.append(dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance, common=0.1,
-                          layers=dict.fromkeys(("layer1", "projection", "prediction"), values)))
-    lines.append(dict(step=100, accuracy=accuracy, state=""))
+        if not flat:            # the appendix's: vanishing gradients, exploding rates, a few large weights
+            values = dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=5 + 5 * (distance < 0.01))
+        layers = dict.fromkeys(("layer1", "projection", "prediction"), values)
+        line = dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance, common=0.1)
+        lines.append(dict(line, q_norm=1.0, live=[1.0, distance], layers=layers))
+    lines.append(dict(step=100, accuracy=int(accuracy), state=""))
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
 
 
 @pytest.mark.parametrize("claim", list(report.CLAIMS))
 def test_verdicts_can_fail_and_flip(claim, tmp_path):
-    holds, *fails = EVIDENCE[claim]
+    rows = [row.split(maxsplit=2) for row in EVIDENCE.strip().splitlines()]
+    holds = next(runs for name, sign, runs in rows if (name, sign) == (claim, "+"))
+    fails = [runs for name, sign, runs in rows if (name, sign) == (claim, "-")]
 
-    def row(folder, *sweeps):
-        for seed, runs in enumerate(sweeps):
-            for name, *run in runs:
-                write_run(tmp_path / folder / f"{name}-paper-s{seed}", *run, seed=seed)
-        return report.verdict_row(report.load(tmp_path / folder)[0], claim)[2:]
+    def cells(folder, *seeds, switch=""):
+        for seed, runs in enumerate(seeds):
+            for run in runs.split(", "):
+                name, values = run.split(maxsplit=1)
+                write_run(tmp_path / folder, f"-paper-s{seed}", f"{name}{switch} {values}")
+        return report.verdict_cells(report.sweep(report.load(tmp_path / folder)[0]), claim)[:3]
 
-    assert row("holds", holds) == ["not run", "yes (1 of 1)", "holds", ""]
+    assert cells("holds", holds) == ["not run", "1 of 1", "holds"]
     for i, runs in enumerate(fails):
-        assert row(f"fails{i}", runs) == ["not run", "no (0 of 1)", "does not", "nothing tried flips it"]
-    several = row("several", fails[0], holds, fails[0])
-    assert several[1:3] == (["yes (1 of 3)", "holds"] if claim == "D2" else ["no (1 of 3)", "does not"])
-    if len(holds) == len(fails[0]):
-        switched = [(f"{name}@half the rate", *run) for name, *run in holds]
-        assert row("flips", [*fails[0], *switched])[3] == "with half the rate: holds"
+        assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
+    outcome = "holds" if claim == "D2" else "no; tried: nothing"
+    assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
+    assert cells("fails0", holds, switch="@half-the-rate")[2] == "no; with half the rate: yes"
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
     """Also beside a cut-off run, an empty folder and a damaged log; the page of somebody else stays."""
     assert report.main([str(tmp_path)]) == 1
-    write_run(tmp_path / "batch-size_8", "healthy", 40)
-    write_run(tmp_path / "x-s0-old", "collapsed", 20)
-    rows = (tmp_path / "x-s0-old" / "metrics.jsonl").read_text().splitlines()
-    (tmp_path / "x-s0-old" / "metrics.jsonl").write_text("\n".join(rows[:50]) + '\n{"step": 5')
+    healthy = write_run(tmp_path, "", "batch-size_8 healthy 40")
+    cut_off = write_run(tmp_path, "", "x-s0-old down 20") / "metrics.jsonl"
+    cut_off.write_text("\n".join(cut_off.read_text().splitlines()[:50]) + '\n{"step": 5')
     (tmp_path / "empty").mkdir()
-    write_run(tmp_path / "damaged", "healthy", 40)
-    (tmp_path / "damaged" / "metrics.jsonl").write_text("x}\n")
+    (write_run(tmp_path, "", "damaged healthy 40") / "metrics.jsonl").write_text("x}\n")
     (tmp_path / "README.md").write_text("mine")
     assert report.main([str(tmp_path)]) == 0
     output = capsys.readouterr()
     assert "collapsed (step 49 of 100)" in output.out and "not on its way: share 0.10" in output.out
-    assert (tmp_path / "report.png").stat().st_size > 10_000 and (tmp_path / "README.md").read_text() == "mine"
-    assert len(output.err.splitlines()) == 2 and report.main([str(tmp_path / "batch-size_8")]) == 0
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert len(output.err.splitlines()) == 2
+    assert report.main([str(healthy)]) == 0
     with pytest.raises(SystemExit, match="nowhere"):
         report.main([str(tmp_path / "nowhere")])
 
 
+NOTES = """# Title
+It ends with {{a-code accuracy}} %, back at {{a-code back}}, {{a-code lowest}} at the lowest.
+| C4 | collapses | {{verdict C4}} |
+{{figure one
+Both
+distance rate
+the first: a-code
+the second: map-b-0.2-code
+}}
+{{figure maps
+Maps
+-
+the map: map-b- code weight_decay
+}}
+{{first steps}}{{early sign}}{{runs}}{{machines}}
+"""
+
+
 def test_the_studys_page_is_written_alike_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
-    for configuration in {name for _, legend in report.FIGURES.values() for name in legend.values()}:
-        write_run(tmp_path / "runs" / f"{configuration}-s0", "recovered", 30)
-    (tmp_path / "notes.md").write_text("# Answer\nIt comes back.\n# Why\nBecause.\n")
+    for i in range(3):
+        write_run(tmp_path / "runs", f"-code-s{i}", f"a back {30 + i}")
+        write_run(tmp_path / "runs", f"-code-s{i}", "map-b-0.2 down 20")
+    (tmp_path / "notes.md").write_text(NOTES)
     report.main([])
     first = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     report.main([])
     assert first == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     text = (tmp_path / "README.md").read_text()
-    assert "It comes back." in text and "## Why\n\nBecause." in text and text.count("\n| ") > 23
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(report.FIGURES)
+    assert "It ends with 31.0 [30.0, 32.0] %, back at 61, 1e-06 at the lowest." in text
+    assert "| C4 | collapses | not run | not run | not run |" in text and text.count("| `python byol.py` |") == 6
+    assert "| no | 0 | 3 | 3 |" in text
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps"}
 
 
 def test_run_all_runs_what_the_rules_need(tmp_path):
     """Each claim's own lines are enough for its rule."""
     for claim in report.CLAIMS:
         for line in run_all("--list", claim, OUT=str(tmp_path / claim)).stdout.splitlines():
-            write_run(Path(shlex.split(line)[-1]), "healthy", 40)
-        assert report.verdict_row(report.load(tmp_path / claim)[0], claim)[2] != "not run", claim
+            write_run(tmp_path / claim, "", f"{Path(shlex.split(line)[-1]).name} healthy 40")
+        study = report.sweep(report.load(tmp_path / claim)[0])
+        assert report.verdict_cells(study, claim)[2] != "not run", claim
 
 
 # ---------------------------------------------------------------------------------------------- README.md

@@ -1,0 +1,59 @@
+"""What grows in a collapsed network: python results/growth.py [byol.py's flags]
+
+A run of byol.py whose log has a key more, `growth`: a batch is too small to see it, so each line is measured over
+4,096 images. The training, and so the rest of the log, is byol.py's to the bit.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import byol
+
+IMAGES, CHUNK = 4096, 256
+
+
+@torch.no_grad()
+def growth(args, images, online):
+    """Of unit vectors: the representation distance, the part of it that both views of an image have in common,
+    the variance of that part along its strongest direction, and the slope of q over z in that direction."""
+    args = argparse.Namespace(**{**vars(args), "batch_size": CHUNK, "seed": args.seed + 1})     # other views
+    chunks = [online(byol.load_views(images, i, args)) for i in range(IMAGES // CHUNK)]
+    views = [torch.cat([chunk[i].view(2, CHUNK, -1) for chunk in chunks], 1) for i in range(3)]
+    (y1, y2), (z1, z2), (q1, q2) = views
+    metrics = byol.collapse_metrics(y1, z1, y2, z2)
+    z1, z2, q1, q2 = (F.normalize(t.double()) for t in (z1, z2, q1, q2))
+    z1, z2, q1, q2 = (t - t.mean(0) for t in (z1, z2, q1, q2))
+    shared = (z1.T @ z2 + z2.T @ z1) / (2 * len(z1))
+    variances, directions = torch.linalg.eigh(shared)
+    z = torch.cat([z1, z2]) @ directions[:, -1]
+    q = torch.cat([q1, q2]) @ directions[:, -1]
+    return {
+        "distance": metrics["rep_dist"],
+        "common": metrics["rep_dist"] * metrics["common"],
+        "strongest": variances[-1].item(),
+        "slope": (q @ z / (z @ z)).item(),
+    }
+
+
+load_images, measure = byol.load_images, byol.measure
+IMAGES_OF_RUN = []
+
+
+def remember_images(args):
+    IMAGES_OF_RUN.append(load_images(args))
+    return IMAGES_OF_RUN[0]
+
+
+def measure_growth(args, online, *rest):
+    metrics = measure(args, online, *rest)
+    return {**metrics, "growth": growth(args, IMAGES_OF_RUN[0].train, online)}
+
+
+if __name__ == "__main__":
+    byol.load_images, byol.measure = remember_images, measure_growth
+    byol.main(sys.argv[1:])
