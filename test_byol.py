@@ -1217,7 +1217,7 @@ DISTANCES = {  # at steps 1 to 100
     "down": [0.5] * 2 + [1e-6] * 98,
     "down-late": [0.5] * 60 + [1e-6] * 40,
     "back": [0.5] * 2 + [1e-6] * 58 + [0.1] * 40,
-    "back-early": [0.5] * 2 + [1e-6] * 8 + [0.1] * 90,
+    "back-far": [0.5] * 2 + [1e-6] * 8 + [0.6] * 90,
     "down-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
     "back-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 20 + [0.1] * 20,
 }
@@ -1263,8 +1263,9 @@ D5  - gnws-none-sgd down-again 30
 D6  + gn-none-lars-early back 30
 D6  - gn-none-lars-early back 30 flat
 D6  - gn-none-lars-early healthy 30
-D7  + gn-none-lars-early back-early 30, gn-none-lars-0.2 back 30, gn-none-lars-mlps down-again 30
-D7  - gn-none-lars-early back 30, gn-none-lars-0.2 back-early 30, gn-none-lars-mlps down-again 30
+D7  + gn-none-lars-early back-far 30, gn-none-lars-0.2 healthy 30, gn-none-lars-mlps down-again 30
+D7  - gn-none-lars-early back 30, gn-none-lars-0.2 back-far 30, gn-none-lars-mlps down-again 30
+D7  - gn-none-lars-early healthy 30, gn-none-lars-0.2 healthy 30, gn-none-lars-mlps healthy 30
 D8  + gn-none-sgd-early down 20
 D8  - gn-none-sgd-early down-again 20
 D9  + gn-none-lars-mlps down-again 20

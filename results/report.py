@@ -150,7 +150,7 @@ def relapses(run):
 
 
 def large_weights_come_down(run):
-    """The largest weight over its tensor's rms, in the MLPs: half as large again when down, less when back."""
+    """The MLPs' largest weight over its tensor's rms: half as large again when down, less when back."""
     if run.state != "came back":
         return False
     mlps = [run.column("layers", mlp, "max_over_rms") for mlp in ("projection", "prediction")]
@@ -167,9 +167,14 @@ def early_rate_explodes(run):
     return bool(run.falls) and vanishes and explodes
 
 
-def is_back_first(run, *others):
-    back = [math.inf if other.down else max(other.returns, default=0) for other in (run, *others)]
-    return not run.down and run.gain >= USEFUL and back[0] == min(back)
+def separates_first(run, *others):
+    """It is the first whose images lie further apart than those of the untrained network, for good. Edition 1
+    took the step of the return, which a run that never fell but stays where it was would win."""
+    ends = []
+    for other in (run, *others):
+        near = [step for step, d in other.column("rep_dist").items() if d <= other.lines[0]["rep_dist"]]
+        ends.append(near[-1] if near[-1] < other.steps[-1] else math.inf)
+    return ends[0] == min(ends) < math.inf and run.gain >= USEFUL
 
 
 def peaks_early_or_dies(high, low):
@@ -205,7 +210,7 @@ CLAIMS = {  # id: its rule and the configurations that this takes; the table sho
     "D4": (large_weights_come_down, "gn-none-sgd-wd1e-5"),
     "D5": (comes_back_repeatedly, "gnws-none-sgd"),
     "D6": (early_rate_explodes, "gn-none-lars-early"),
-    "D7": (is_back_first, "gn-none-lars-early", "gn-none-lars-0.2", "gn-none-lars-mlps"),
+    "D7": (separates_first, "gn-none-lars-early", "gn-none-lars-0.2", "gn-none-lars-mlps"),
     "D8": (stay_down, "gn-none-sgd-early"),
     "D9": (relapses, "gn-none-lars-mlps"),
     "D10": (peaks_early_or_dies, "gn-none-lars-0.5", "gn-none-lars-0.1"),
@@ -298,7 +303,8 @@ def count(runs, sign):
 
 
 # ------------------------------------------------------------------------ pictures
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # Okabe, Ito
+# Okabe and Ito's, which the colour-blind can tell apart
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 PANELS = {  # what a panel shows: its axis, and where the log's lines have it
     "distance": ("representation distance", "rep_dist"),
     "loss": ("loss", "loss"),
@@ -378,7 +384,7 @@ def draw_maps(path, runs, maps):
 
 # ------------------------------------------------------------------------ any folder of runs
 def labels(runs):
-    """{name: the flags, as typed, in which the runs differ}, or the folders' names where these do not tell."""
+    """{name: the flags in which the runs differ, as typed}, or the folders' names where these do not tell."""
     ignored = ("--out", "--data-dir", "--threads", "--log-every")
     typed = {name: re.split(r" (?=--)", run.command)[1:] for name, run in runs.items()}
     in_all = set.intersection(*map(set, typed.values()))
