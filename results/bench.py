@@ -8,14 +8,15 @@ runs turn about, so that what else the machine does falls on all: median, least 
 """
 
 import copy
-import functools
 import importlib.util
 import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def show(name, values, digits=1):
 def profile(flags):
     args, images, networks = ready(flags)
     works = parts(args, images, *networks)
-    timers = {name: functools.partial(timed, work, args.device) for name, work in works.items()}
+    timers = {name: partial(timed, work, args.device) for name, work in works.items()}
     table = turn_about({name: timers.pop(name) for name in ("step", "floor")}, turns=5)
     table |= turn_about(timers, turns=1)
     print(f"{'milliseconds':32}{'median':>10}{'least':>10}{'most':>10}")
@@ -160,9 +161,11 @@ def byol_pytorch(args, images, encoder):
     return collate, learner, learner.parameters(), learner.update_moving_average
 
 
-def peer(name, workers, flags):
-    """A function of n that trains n steps by the module `name`: milliseconds of one."""
-    args, images, _ = ready(flags)
+THERE = {}
+
+
+def peer(name, workers, args, images):
+    """A function that trains one step by the module `name`, with so many loader workers."""
     encoder = resnet18("bn", args.width, args.stem).to(args.device)
     collate, loss_of, parameters, after = globals()[name](args, images.cpu(), encoder)
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -177,38 +180,32 @@ def peer(name, workers, flags):
         optimizer.step()
         after()
 
-    return functools.partial(timed, step, args.device)
+    return step
 
 
-def serve(name, workers, *flags):
-    """In a process of its own: for each number read, do so many steps and print the milliseconds of one."""
-    if name in PEERS:
-        work = peer(name, int(workers), flags)
-    else:
-        args, images, networks = ready(flags)
-        work = functools.partial(timed, parts(args, images, *networks)[name], args.device)
-    for line in sys.stdin:
-        print("ms", work(int(line)), flush=True)
+def prepare(name, workers, flags):
+    """In a process of its own: the work that `timed_there` times."""
+    args, images, networks = ready(flags)
+    work = peer(name, workers, args, images) if name in PEERS else parts(args, images, *networks)[name]
+    THERE.update(work=work, device=args.device)
 
 
-def ask(process, n):
-    process.stdin.write(f"{n}\n")
-    process.stdin.flush()
-    answers = (line for line in process.stdout if line.startswith("ms "))
-    return float(next(answers).split()[1])
+def timed_there(n):
+    return timed(**THERE, n=n)
 
 
 def compare(flags):
     there = [name for name in PEERS if importlib.util.find_spec(name)]
-    for package, _ in (PEERS[name] for name in PEERS if name not in there):
-        print(f"left out, not installed: pip install '{package}'")
+    for name in PEERS.keys() - there:
+        print(f"left out, not installed: pip install '{PEERS[name][0]}'")
     works = {}
-    peers = [(name, workers) for name in there for workers in (0, 2)]
-    for name, workers in [("step", 0), ("floor", 0), *peers]:
-        command = [sys.executable, __file__, "--serve", name, str(workers), *flags]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        works[f"{name}, {workers} workers" if name in there else name] = functools.partial(ask, process)
-    table, batch = turn_about(works, turns=3), byol.parse_arguments(flags).batch_size
+    for name, workers in [("step", 0), ("floor", 0), *((name, workers) for name in there for workers in (0, 2))]:
+        fork = multiprocessing.get_context("fork")
+        process = ProcessPoolExecutor(1, fork, prepare, (name, workers, flags))
+        label = f"{name}, {workers} workers" if name in there else name
+        works[label] = lambda n, process=process: process.submit(timed_there, n).result()
+    table = turn_about(works, turns=3)
+    batch = byol.parse_arguments(flags).batch_size
     print(f"{'samples per second':32}{'median':>10}{'least':>10}{'most':>10}")
     figures = {name: show(name, [1000 * batch / ms for ms in table[name]]) for name in works}
     for name in list(works)[1:]:
@@ -220,9 +217,7 @@ def compare(flags):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        serve(*sys.argv[2:])
-    elif "--peers" in sys.argv:
+    if "--peers" in sys.argv:
         compare([flag for flag in sys.argv[1:] if flag != "--peers"])
     else:
         profile(sys.argv[1:])

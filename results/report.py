@@ -438,9 +438,14 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for, of all runs NAME-sSEED: 
 }
 
 
+def seeds(runs, name):
+    return [run for other, run in runs.items() if re.fullmatch(re.escape(name) + r"-s\d+", other)]
+
+
 def fact(runs, name, key):
     value, form = FACTS[key]
-    return spread([value(run) for other, run in runs.items() if other.rpartition("-s")[0] == name], form)
+    values = [value(run) for run in seeds(runs, name)]
+    return spread(values, form) if values else "(not run)"
 
 
 def figure(runs, name, title, panels, *legend):
@@ -449,11 +454,8 @@ def figure(runs, name, title, panels, *legend):
     if name == "maps":
         draw_maps(path, runs, {line.split(": ")[0]: line.split(": ")[1].split() for line in legend})
     else:
-        groups = {}
-        for line in legend:
-            label, wanted = line.split(": ")
-            groups[label] = [run for other, run in runs.items() if other.rpartition("-s")[0] == wanted]
-        draw(path, panels.split(), groups)
+        groups = {label: seeds(runs, wanted) for label, wanted in (line.split(": ") for line in legend)}
+        draw(path, panels.split(), {label: group for label, group in groups.items() if group})
     return f"![{title}](figures/{name}.png)\n\n*{title}. Each line is a run.*"
 
 
