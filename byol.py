@@ -733,16 +733,10 @@ def tau(step, steps, base):
 
 
 def check_memory(args):
-    """Refuse a step whose layers' outputs, in one pass of both views, do not fit into memory."""
-    sizes = []
-
-    def count(module, inputs, output):
-        if not list(module.children()) and output is not inputs[0]:
-            sizes.append(output.nbytes)
-
-    with torch.device("meta"), nn.modules.module.register_module_forward_hook(count):
-        Network(args).eval()(torch.empty(2, 3, args.size, args.size))
-    needed = sum(sizes) * args.batch_size / WORLD / (2 if args.amp else 1)
+    """Refuse a step whose feature maps, those of one pass of both views, do not fit into memory."""
+    side = args.size // (4 if args.stem == "imagenet" else 1)
+    values = 2 * args.batch_size // WORLD * 19 * args.width * side**2       # ResNet-18: some 19 maps of layer1's
+    needed = values * (2 if args.amp else 4)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device != "cpu":
         there = torch.cuda.mem_get_info(args.device)[1]
