@@ -43,6 +43,8 @@ D2             gn-none-sgd-wd1e-4      24000   $GN --lr 0.2 --weight-decay 1e-4
 D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none --lr 0.2
+C6             gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
+D9             gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
 full           full-gn-none-sgd-wd1e-5 131200  $GN --lr 0.2 --weight-decay 1e-5
 full           full-gnws-none-sgd      131200  --enc-norm gn+ws --mlp-norm none --lr 0.2
 why            harm-lengths-paper       6000    results/harm.py lengths $GN --lr 0.2 --batch-size 32
