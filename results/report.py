@@ -256,7 +256,8 @@ def spread(values, form=".1f"):
 
 
 def verdict_cells(study, claim):
-    """In how many seeds the claim holds in each form, whether it does or what flips it, accuracy, random."""
+    """In how many seeds the claim holds in each form; whether it does, or what flips it; the accuracy of each
+    form; that of random features."""
     answers = {form: verdict(study, claim, form) for form in FORMS}
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
     switched = {}
@@ -272,9 +273,11 @@ def verdict_cells(study, claim):
         outcome = f"no; with {max(switched, key=switched.get)}: yes"
     else:
         outcome = "no; tried: " + (", ".join(switched) or "nothing")
-    runs = [run for key, run in study.items() if key[:2] == (CLAIMS[claim][1], None)]
-    scores = [spread([getattr(run, key) for run in runs]) if runs else "" for key in ("accuracy", "random")]
-    return [*cells, outcome, *scores]
+    main = CLAIMS[claim][1]
+    shown = {form: [run for key, run in study.items() if key[:3] == (main, None, form)] for form in FORMS}
+    accuracies = [spread([run.accuracy for run in runs]) for runs in shown.values() if runs]
+    random = [run.random for runs in shown.values() for run in runs]
+    return [*cells, outcome, " / ".join(accuracies), spread(random) if random else ""]
 
 
 # ------------------------------------------------------------------------ counts
@@ -341,14 +344,18 @@ def draw(path, panels, groups):
     """A panel each, in which {label: [Run]} are lines, a colour for each label."""
     figure, axes = new_axes(math.ceil(len(panels) / 2), min(len(panels), 2))
     for panel, place in zip(panels, axes.flat):
-        text, *keys = PANELS[panel]
+        name, *keys = PANELS[panel]
         for colour, (label, runs) in zip(itertools.cycle(COLOURS), groups.items()):
             for i, run in enumerate(runs):
                 points = dict(accuracy=run.accuracies, share=run.shares).get(panel) or run.column(*keys)
                 shown = {step: value for step, value in points.items() if value is not None}
-                place.plot(*zip(*shown.items()), ".-", color=colour, lw=1.3, ms=3, label=None if i else label)
-        scale = "linear" if panel in LINEAR else "log"
-        place.set(xlabel="step", ylabel=text, xscale="symlog", yscale=scale, xlim=(0, None))
+                if shown:
+                    text = None if i else label
+                    place.plot(*zip(*shown.items()), ".-", color=colour, lw=1.3, ms=3, label=text)
+        place.set(xlabel="step", ylabel=name)
+        if place.lines:
+            place.set_xscale("symlog" if panel == "accuracy" else "log")
+            place.set_yscale("linear" if panel in LINEAR else "log")
     for place in axes.flat[len(panels) :]:
         place.axis("off")
     lines = axes[0][0].get_legend_handles_labels()
