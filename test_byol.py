@@ -1505,9 +1505,12 @@ def test_readme_snippets_run(folder, tmp_path, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     names = dict(torch=torch, torchvision=torchvision, model=model, state="untrained")
     names["loss"] = model(torch.randn(4, 3)).sum()
-    names |= {name: torch.randn(8, 16) for name in ("y1", "z1", "y2", "z2")}
+    names["images"] = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    names |= {name: torch.randn(8, 16) for name in ("y1", "z1", "y2", "z2", "y_train", "y_test")}
+    names |= {name: torch.arange(8) % 2 for name in ("labels_train", "labels_test")}
     blocks = (HERE / "README.md").read_text().split("\n\n")
     blocks = [block for block in blocks if block.startswith(("    from", "    model"))]
     for block in blocks:
         exec(textwrap.dedent(block), names)
-    assert len(blocks) == 4 and names["state"] == "healthy" and names["y"].shape == (8, 512)
+    assert len(blocks) == 6 and names["state"] == "healthy" and names["y"].shape == (8, 512)
+    assert names["model"].eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
