@@ -735,8 +735,8 @@ def tau(step, steps, base):
 def check_memory(args):
     """Refuse a step whose feature maps, those of one pass of both views, do not fit into memory."""
     side = args.size // (4 if args.stem == "imagenet" else 1)
-    values = 2 * args.batch_size // WORLD * 19 * args.width * side**2       # ResNet-18: some 19 maps of layer1's
-    needed = values * (2 if args.amp else 4)
+    of_one_view = 19 * args.width * side**2         # values: ResNet-18 has as many as some 19 maps of layer1
+    needed = 2 * args.batch_size / WORLD * of_one_view * (2 if args.amp else 4)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device != "cpu":
         there = torch.cuda.mem_get_info(args.device)[1]

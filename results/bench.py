@@ -199,7 +199,8 @@ def compare(flags):
     for name in PEERS.keys() - there:
         print(f"left out, not installed: pip install '{PEERS[name][0]}'")
     works = {}
-    for name, workers in [("step", 0), ("floor", 0), *((name, workers) for name in there for workers in (0, 2))]:
+    peers = [(name, workers) for name in there for workers in (0, 2)]
+    for name, workers in [("step", 0), ("floor", 0), *peers]:
         fork = multiprocessing.get_context("fork")
         process = ProcessPoolExecutor(1, fork, prepare, (name, workers, flags))
         label = f"{name}, {workers} workers" if name in there else name

@@ -1,7 +1,7 @@
 """What grows in a collapsed network: python results/growth.py [byol.py's flags]
 
-A run of byol.py whose log has a key more, `growth`: a batch is too small to see it, so each line is measured over
-4,096 images. The training, and so the rest of the log, is byol.py's to the bit.
+A run of byol.py whose log has a key more, `growth`: a batch is too small to see it, so each line is measured
+over 4,096 images. The training, and so the rest of the log, is byol.py's to the bit.
 """
 
 import argparse
@@ -19,9 +19,10 @@ IMAGES, CHUNK = 4096, 256
 
 @torch.no_grad()
 def growth(args, images, online):
-    """Of unit vectors: the representation distance, the part of it that both views of an image have in common,
-    the variance of that part along its strongest direction, and the slope of q over z in that direction."""
-    args = argparse.Namespace(**{**vars(args), "batch_size": CHUNK, "seed": args.seed + 1})     # other views
+    """Of unit vectors: the representation distance, the part of it that both views have in common, the variance
+    of that part along its strongest direction, and the slope of q over z in that direction."""
+    other_views = {"batch_size": CHUNK, "seed": args.seed + 1}
+    args = argparse.Namespace(**{**vars(args), **other_views})
     chunks = [online(byol.load_views(images, i, args)) for i in range(IMAGES // CHUNK)]
     views = [torch.cat([chunk[i].view(2, CHUNK, -1) for chunk in chunks], 1) for i in range(3)]
     (y1, y2), (z1, z2), (q1, q2) = views
@@ -41,19 +42,19 @@ def growth(args, images, online):
 
 
 load_images, measure = byol.load_images, byol.measure
-IMAGES_OF_RUN = []
+KEPT = {}
 
 
-def remember_images(args):
-    IMAGES_OF_RUN.append(load_images(args))
-    return IMAGES_OF_RUN[0]
+def keep_images(args):
+    KEPT["images"] = load_images(args)
+    return KEPT["images"]
 
 
 def measure_growth(args, online, *rest):
     metrics = measure(args, online, *rest)
-    return {**metrics, "growth": growth(args, IMAGES_OF_RUN[0].train, online)}
+    return {**metrics, "growth": growth(args, KEPT["images"].train, online)}
 
 
 if __name__ == "__main__":
-    byol.load_images, byol.measure = remember_images, measure_growth
+    byol.load_images, byol.measure = keep_images, measure_growth
     byol.main(sys.argv[1:])
