@@ -19,7 +19,7 @@ IMAGES, CHUNK = 4096, 256
 
 @torch.no_grad()
 def growth(args, images, online):
-    """Of unit vectors: the representation distance, the part of it that both views have in common, the variance
+    """Of unit vectors: representation distance, the part of it that both views have in common, the variance
     of that part along its strongest direction, and the slope of q over z in that direction."""
     other_views = {"batch_size": CHUNK, "seed": args.seed + 1}
     args = argparse.Namespace(**{**vars(args), **other_views})

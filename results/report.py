@@ -69,10 +69,16 @@ class Run:
 
     @property
     def shares(self):
-        """The early sign, {step: median of `common` there and at the two lines before}."""
+        """{step: median of `common` there and at the two lines before}."""
         common = list(self.column("common").values())
         medians = [statistics.median(common[max(0, i - 2) : i + 1]) for i in range(len(common))]
         return dict(zip(self.steps, medians))
+
+    @property
+    def signs(self):
+        """The steps with the early sign: much of what varies is common to both views, and q is not long."""
+        lengths = self.column("q_norm")
+        return [step for step, share in self.shares.items() if share > COMMON and lengths[step] < LONG]
 
     def column(self, *keys):
         """{step: value} of what the log's lines hold under these keys."""
@@ -98,7 +104,8 @@ def load(folder):
 # thresholds are absolute, so that a verdict hung on which side of 0.001 a distance fell.
 AT_ONCE = 0.1           # share of the run
 USEFUL = 2              # points of accuracy over the random features of the same encoder
-ON_ITS_WAY = 0.3        # the early sign: this share of what varies is common to both views
+COMMON = 0.3            # share of what varies in z that is common to both views
+LONG = 100              # mean length of q, which is 0.7 at the start
 
 
 def falls_at_once(run):
@@ -287,13 +294,12 @@ STATES = ("never collapsed", "came back", "collapsed")
 def announced(run):
     """The step at which the early sign first shows while the run is down; None if it does not."""
     end = run.returns[0] if run.returns else math.inf
-    shown = [step for step, share in run.shares.items() if share > ON_ITS_WAY]
-    return next((step for step in shown if run.falls[0] < step < end), None)
+    return next((step for step in run.signs if run.falls[0] < step < end), None)
 
 
 def is_dead(run):
-    """At step 64 no hidden unit of the prediction is live, or the mean length of q is over 100."""
-    return run.column("live", -1)[64] == 0 or run.column("q_norm")[64] > 100
+    """At step 64 no hidden unit of the prediction is live, or q is long."""
+    return run.column("live", -1)[64] == 0 or run.column("q_norm")[64] > LONG
 
 
 def count(runs, sign):
@@ -419,9 +425,8 @@ def look(folder):
             cut_off = f" (step {run.steps[-1]} of {run.flags['steps']})"
             turns = sorted([(step, "down") for step in run.falls] + [(step, "back") for step in run.returns])
             steps = ", ".join(f"{word} at {step}" for step, word in turns[:4])
-            share = run.shares[run.steps[-1]]
-            sign = "on its way back" if share > ON_ITS_WAY else "not on its way"
-            sign = f"{sign}: share {share:.2f}" if run.down else ""
+            sign = "on its way back" if run.steps[-1] in run.signs else "not on its way"
+            sign = f"{sign}: share {run.shares[run.steps[-1]]:.2f}" if run.down else ""
             state = run.state + ("" if run.finished else cut_off)
             rows.append([texts[name], state, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
         print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
