@@ -1373,7 +1373,7 @@ def write_run(folder, ending, run):
     out = folder / (name + ending)
     out.mkdir(parents=True)
     flags = dict(steps=100, lr=0.2, weight_decay=1e-4, warmup=0.1)
-    flags |= dict(proj_norm="none", pred_norm="none", loss="byol")
+    flags |= dict(proj_norm="none", pred_norm="none", loss="byol", opt="lars")
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command="python byol.py", cpu="C")))
     lines = [dict(step=0, accuracy=20, state="untrained")]
     for step, distance in enumerate(DISTANCES[distances], 1):

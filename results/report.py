@@ -360,7 +360,7 @@ def draw(path, panels, groups):
                     place.plot(*zip(*shown.items()), ".-", color=colour, lw=1.3, ms=3, label=text)
         place.set(xlabel="step", ylabel=name)
         if place.lines:
-            place.set_xscale("symlog" if panel == "accuracy" else "log")
+            place.set_xscale("linear" if panel == "accuracy" else "log")
             place.set_yscale("linear" if panel in LINEAR else "log")
     for place in axes.flat[len(panels) :]:
         place.axis("off")
@@ -404,7 +404,7 @@ def labels(runs):
     texts = {}
     for name, words in typed.items():
         differs = [word for word in words if word not in in_all and not word.startswith(ignored)]
-        texts[name] = " ".join(differs) or "the defaults"
+        texts[name] = " ".join(differs) or "no other flag"
     return texts if len(set(texts.values())) == len(texts) > 1 else {name: name for name in runs}
 
 
@@ -432,7 +432,8 @@ def look(folder):
         print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
         path = Path(folder, "report.png")
         groups = {texts[name]: [run] for name, run in begun.items()}
-        draw(path, ["distance", "loss", "accuracy", "rate"], groups)
+        lars = any(run.flags["opt"] == "lars" for run in begun.values())
+        draw(path, ["distance", "loss", "accuracy"] + ["rate"] * lars, groups)
         print(f"picture: {path}")
     for fault in faults:
         print(fault, file=sys.stderr)
