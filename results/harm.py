@@ -15,8 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import byol
 
-KINDS = {"lengths": {"lengths"}, "units": {"units"}, "both": {"lengths", "units"}}
-STEP, Z_NORM, Q_NORM = 64, 240, 2800        # where SGD at 0.2 is at step 64
+STEP, Z_NORM, Q_NORM = 64, 240, 2800        # where SGD at 0.2 is without a warm-up
 train_step = byol.train_step
 
 
@@ -38,9 +37,9 @@ def lengthen(linear, vectors, norm):
 
 @torch.no_grad()
 def harm(what, online, target, views):
-    if "units" in what:
+    if what in ("units", "both"):
         settle(online.prediction[0][0], online(views)[1])
-    if "lengths" in what:
+    if what in ("lengths", "both"):
         _, z, q = online(views)
         lengthen(online.prediction[1], q, Q_NORM)
         online.prediction[0][0].weight /= lengthen(online.projection[1], z, Z_NORM)
@@ -49,12 +48,12 @@ def harm(what, online, target, views):
 
 def harmed_step(args, images, online, target, optimizer, step):
     if step == STEP:
-        harm(KINDS[sys.argv[1]], online, target, byol.load_views(images, step, args))
+        harm(sys.argv[1], online, target, byol.load_views(images, step, args))
     return train_step(args, images, online, target, optimizer, step)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [] or sys.argv[1] not in KINDS:
-        byol.stop(2, f"harm.py: its first word is one of {', '.join(KINDS)}")
+    if sys.argv[1:2] not in (["lengths"], ["units"], ["both"]):
+        byol.stop(2, "harm.py: its first word is lengths, units or both")
     byol.train_step = harmed_step
     byol.main(sys.argv[2:])
