@@ -323,7 +323,7 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
     "live": ("live share of the prediction's units", "live", -1),
     "slope": ("slope of q over z", "growth", "slope"),
     "strongest": ("variance along the strongest direction", "growth", "strongest"),
-    "accuracy": ("accuracy in % (step 0: random features)",),
+    "accuracy": ("accuracy in %; at step 0 of random features",),
     "share": ("share common to both views",),
 }
 LINEAR = ("accuracy", "live", "share", "slope")
