@@ -174,14 +174,16 @@ def early_rate_explodes(run):
     return bool(run.falls) and vanishes and explodes
 
 
+def separates_at(run):
+    """The last step at which the images lie no further apart than in the untrained network."""
+    near = [step for step, distance in run.column("rep_dist").items() if distance <= run.lines[0]["rep_dist"]]
+    return near[-1] if near[-1] < run.steps[-1] else math.inf
+
+
 def separates_first(run, *others):
-    """It is the first whose images lie further apart than those of the untrained network, for good. Edition 1
-    took the step of the return, which a run that never fell but stays where it was would win."""
-    ends = []
-    for other in (run, *others):
-        near = [step for step, d in other.column("rep_dist").items() if d <= other.lines[0]["rep_dist"]]
-        ends.append(near[-1] if near[-1] < other.steps[-1] else math.inf)
-    return ends[0] == min(ends) < math.inf and run.gain >= USEFUL
+    """Edition 1 took the step of the return, by which a run that never fell but stays where it was wins."""
+    first = min(separates_at(other) for other in others)
+    return separates_at(run) <= first and separates_at(run) < math.inf and run.gain >= USEFUL
 
 
 def peaks_early_or_dies(high, low):
@@ -446,8 +448,9 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for, of all runs NAME-sSEED: 
     "random": (lambda run: run.random, ".1f"),
     "distance": (lambda run: run.lines[-1]["rep_dist"], ".2g"),
     "lowest": (lambda run: run.lowest["rep_dist"], ".2g"),
-    "fell": (lambda run: run.falls[0] if run.falls else math.nan, ",.0f"),
-    "back": (lambda run: math.nan if run.down or not run.falls else run.returns[-1], ",.0f"),
+    "fell": (lambda run: run.falls[0] if run.falls else math.inf, ",.0f"),
+    "back": (lambda run: math.inf if run.down or not run.falls else run.returns[-1], ",.0f"),
+    "apart": (separates_at, ",.0f"),
 }
 
 
@@ -458,7 +461,7 @@ def seeds(runs, name):
 def fact(runs, name, key):
     value, form = FACTS[key]
     values = [value(run) for run in seeds(runs, name)]
-    return spread(values, form) if values else "(not run)"
+    return spread(values, form).replace("inf", "never") if values else "(not run)"
 
 
 def figure(runs, name, title, panels, *legend):
