@@ -21,7 +21,7 @@ GN="--enc-norm gn --mlp-norm none" LARS="--opt lars" CONVS="conv|downsample.0" M
 # claims       name                    steps   flags
 CONFIGURATIONS="
 C3,C5,B3,X1    bn-bn-sgd               6000    --enc-norm bn --mlp-norm bn --lr 0.8
-C2             bn-none-sgd             6000    --enc-norm bn --mlp-norm none --lr 0.8
+C2,C3          bn-none-sgd             6000    --enc-norm bn --mlp-norm none --lr 0.8
 C2             bn-none-lars            6000    --enc-norm bn --mlp-norm none $LARS --lr 0.2
 C4,B5          gn-none-sgd             6000    $GN --lr 0.8
 C5,C6          gn-bn-sgd               6000    --enc-norm gn --mlp-norm bn --lr 0.8
@@ -37,7 +37,7 @@ B2             bn-ln-sgd-short         2000    --enc-norm bn --mlp-norm ln --lr 
 B3             bn-none-moco            6000    --enc-norm bn --mlp-norm none --loss moco --lr 0.02
 B4             bn-bn.none-sgd          6000    --enc-norm bn --proj-norm bn --pred-norm none --lr 0.8
 B4             bn-none.bn-sgd          6000    --enc-norm bn --proj-norm none --pred-norm bn --lr 0.8
-C1,C3          bn-none-sgd-long        24000   --enc-norm bn --mlp-norm none --lr 0.8
+C1             bn-none-sgd-long        24000   --enc-norm bn --mlp-norm none --lr 0.8
 D1,D4          gn-none-sgd-wd1e-5      24000   $GN --lr 0.2 --weight-decay 1e-5
 D2             gn-none-sgd-wd1e-4      24000   $GN --lr 0.2 --weight-decay 1e-4
 D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6

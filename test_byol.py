@@ -1313,9 +1313,9 @@ C1  - bn-none-sgd-long back 21
 C2  + bn-none-lars healthy 40, bn-none-sgd back 30
 C2  - bn-none-lars healthy 30, bn-none-sgd back 40
 C2  - bn-none-lars back 40, bn-none-sgd back 30
-C3  + bn-bn-sgd healthy 40, bn-none-sgd-long back 30
-C3  - bn-bn-sgd back 40, bn-none-sgd-long back 30
-C3  - bn-bn-sgd healthy 40, bn-none-sgd-long back 41
+C3  + bn-bn-sgd healthy 40, bn-none-sgd back 30
+C3  - bn-bn-sgd back 40, bn-none-sgd back 30
+C3  - bn-bn-sgd healthy 40, bn-none-sgd back 41
 C4  + gn-none-sgd down 20
 C4  - gn-none-sgd down-late 20
 C4  - gn-none-sgd back 20
