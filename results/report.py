@@ -489,13 +489,15 @@ def page(text, runs):
     }
 
     def replaced(match):
-        what, *rest = match[1].strip().split("\n")
-        kind, _, name = what.partition(" ")
-        if what in tables:
-            return tables[what]
-        if kind == "verdict":
-            return " | ".join(verdict_cells(study, name))
-        return figure(runs, name, *rest) if kind == "figure" else fact(runs, kind, name)
+        _, *lines = match[1].strip().split("\n")
+        words = match[1].split()
+        if " ".join(words) in tables:
+            return tables[" ".join(words)]
+        if words[0] == "verdict":
+            return " | ".join(verdict_cells(study, words[1]))
+        if words[0] == "figure":
+            return figure(runs, words[1], *lines)
+        return fact(runs, *words)
 
     return re.sub("{{(.+?)}}", replaced, text, flags=re.DOTALL)
 
