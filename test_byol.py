@@ -1503,6 +1503,8 @@ def test_readme_commands_run(folder, tmp_path, monkeypatch):
     assert len(commands) > 9
     sweeps = [line.split("run_all.sh", 1)[1].split() for line in lines if "bash run_all.sh" in line]
     assert sweeps and all(run_all("--list", *words).returncode == 0 for words in sweeps)
+    last = int(re.search(r'SEEDS="0 1 2" sbatch --array=0-(\d+)', text)[1])
+    assert len(run_all("--list", SEEDS="0 1 2").stdout.splitlines()) == last + 1
 
 
 def test_readme_snippets_run(folder, tmp_path, monkeypatch):
