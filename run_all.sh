@@ -17,6 +17,7 @@
 # in -code or -paper, that one alone. NAME@SWITCH is NAME with one thing changed.
 
 GN="--enc-norm gn --mlp-norm none" LARS="--opt lars" CONVS="conv|downsample.0" MLPS="(projection|prediction)"
+EARLY="encoder.layer[12]"
 
 # claims       name                    steps   flags
 CONFIGURATIONS="
@@ -44,9 +45,18 @@ D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none --lr 0.2
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
-D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
 C1          bn-none-sgd-long@warm-up-of-150-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.00625
 D1,D4       gn-none-sgd-wd1e-5@warm-up-of-150-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.00625
+D1,D4       gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.025
+D5          gnws-none-sgd@warm-up-of-600-code 24000 --enc-norm gn+ws --mlp-norm none --lr 0.2 --warmup 0.025
+D5          gnws-none-sgd@twice-the-rate-paper 24000 --enc-norm gn+ws --mlp-norm none --lr 0.4
+D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
+D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
+D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
+D7          gn-none-lars-early@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$EARLY'
+D7          gn-none-lars-0.2@half-the-rate-paper 6000 $GN $LARS --lr 0.1
+D7          gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
+D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
 full           full-gn-none-sgd-wd1e-5 131200  $GN --lr 0.2 --weight-decay 1e-5
 full           full-gnws-none-sgd      131200  --enc-norm gn+ws --mlp-norm none --lr 0.2
 why            harm-lengths-paper       6000    results/harm.py lengths $GN --lr 0.2 --batch-size 32
