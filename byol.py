@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -445,6 +446,10 @@ class Network(nn.Module):
         self.encoder = resnet18(enc_bn if args.enc_norm == "bn" else args.enc_norm, args.width, args.stem)
         self.projection = mlp(8 * args.width, norms[args.proj_norm])
         self.prediction = mlp(128, norms[args.pred_norm]) if args.loss == "byol" else nn.Identity()
+        for norm in self.modules():
+            if args.amp and isinstance(norm, nn.GroupNorm):     # six times as slow in bfloat16 on a CPU
+                norm.register_forward_pre_hook(lambda norm, inputs: inputs[0].float())
+                norm.register_forward_hook(lambda norm, inputs, output: output.bfloat16())
 
     def forward(self, views):
         y = self.encoder(views)
@@ -748,6 +753,10 @@ def set_up(args):
     """Networks and optimizer of a run: (online, target, optimizer)."""
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)      # what decay has killed computes in subnormal numbers, slowly
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):        # glibc would give each step's memory back and take it anew, for a tenth
+        libc.mallopt(-1, -1)            # of the step: M_TRIM_THRESHOLD, never;
+        libc.mallopt(-4, 0)             # M_MMAP_MAX, no block of its own
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
