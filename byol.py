@@ -449,7 +449,6 @@ class Network(nn.Module):
         for norm in self.modules():
             if args.amp and isinstance(norm, nn.GroupNorm):     # six times as slow in bfloat16 on a CPU
                 norm.register_forward_pre_hook(lambda norm, inputs: inputs[0].float())
-                norm.register_forward_hook(lambda norm, inputs, output: output.bfloat16())
 
     def forward(self, views):
         y = self.encoder(views)
@@ -754,9 +753,9 @@ def set_up(args):
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)      # what decay has killed computes in subnormal numbers, slowly
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):        # glibc would give each step's memory back and take it anew, for a tenth
-        libc.mallopt(-1, -1)            # of the step: M_TRIM_THRESHOLD, never;
-        libc.mallopt(-4, 0)             # M_MMAP_MAX, no block of its own
+    if hasattr(libc, "mallopt"):        # else glibc gives memory back and takes it anew, a tenth of a step
+        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)             # M_MMAP_MAX
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1501,10 +1501,8 @@ def test_readme_commands_run(folder, tmp_path, monkeypatch):
         sizes = "--device cpu --width 4 --size 16 --batch-size 8 --steps 1 --threads 1".split()
         main(*shlex.split(small), *sizes, "--data", f"folder:{folder}", "--out", tmp_path / str(i))
     assert len(commands) > 9
-    sweeps = [line.split("run_all.sh", 1)[1].split() for line in lines if "bash run_all.sh" in line]
-    assert sweeps and all(run_all("--list", *words).returncode == 0 for words in sweeps)
-    last = int(re.search(r'SEEDS="0 1 2" sbatch --array=0-(\d+)', text)[1])
-    assert len(run_all("--list", SEEDS="0 1 2").stdout.splitlines()) == last + 1
+    sweeps = re.findall(r"bash run_all\.sh([^|\n#]*)", "\n".join(lines))
+    assert len(sweeps) > 2 and all(run_all("--list", *words.split()).returncode == 0 for words in sweeps)
 
 
 def test_readme_snippets_run(folder, tmp_path, monkeypatch):
