@@ -17,7 +17,7 @@
 # in -code or -paper, that one alone. NAME@SWITCH is NAME with one thing changed.
 
 GN="--enc-norm gn --mlp-norm none" LARS="--opt lars" CONVS="conv|downsample.0" MLPS="(projection|prediction)"
-EARLY="encoder.layer[12]"
+EARLY="encoder.layer[12]" WIDE="--width 64 --stem imagenet --size 96 --batch-size 256"
 
 # claims       name                    steps   flags
 CONFIGURATIONS="
@@ -29,7 +29,7 @@ C5,C6          gn-bn-sgd               6000    --enc-norm gn --mlp-norm bn --lr 
 C6,D7          gn-none-lars-0.2        6000    $GN $LARS --lr 0.2
 C7,D10         gn-none-lars-0.1        6000    $GN $LARS --lr 0.1
 D10            gn-none-lars-0.5        6000    $GN $LARS --lr 0.5
-D6,D7          gn-none-lars-early      6000    $GN $LARS --lr 0.2 --lars-layers 'encoder.layer[12]'
+D6,D7          gn-none-lars-early      6000    $GN $LARS --lr 0.2 --lars-layers '$EARLY'
 D8             gn-none-sgd-early       6000    $GN --lr 0.2 --lr-mult 'encoder.layer[12]=10'
 D7,D9          gn-none-lars-mlps       6000    $GN $LARS --lr 0.2 --lars-layers 'projection|prediction'
 X1             gnws-none-lars          6000    --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
@@ -72,18 +72,13 @@ why            lars-all-0.2-warm-code  6000    $GN $LARS --lr 0.2 --warmup 0.1
 why            growth-sgd-paper        6000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-sgd-code         2000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-lars-code        2000    results/growth.py $GN $LARS --lr 0.2 --batch-size 32
+wide           wide-bn-bn-sgd          4100    $WIDE --enc-norm bn --mlp-norm bn --lr 0.8
+wide           wide-gn-none-sgd        4100    $WIDE $GN --lr 0.8
+wide           wide-gn-bn-sgd          4100    $WIDE --enc-norm gn --mlp-norm bn --lr 0.8
+wide           wide-gn-none-lars-0.2   4100    $WIDE $GN $LARS --lr 0.2
+wide           wide-gn-none-lars-0.1   4100    $WIDE $GN $LARS --lr 0.1
+wide           wide-gn-none-lars-early 4100    $WIDE $GN $LARS --lr 0.2 --lars-layers '$EARLY'
 "
-WIDE="--width 64 --stem imagenet --size 96 --batch-size 256"
-while read -r name flags; do
-    CONFIGURATIONS+="wide wide-$name 4100 $WIDE $flags"$'\n'
-done <<END
-bn-bn-sgd --enc-norm bn --mlp-norm bn --lr 0.8
-gn-none-sgd $GN --lr 0.8
-gn-bn-sgd --enc-norm gn --mlp-norm bn --lr 0.8
-gn-none-lars-0.2 $GN $LARS --lr 0.2
-gn-none-lars-0.1 $GN $LARS --lr 0.1
-gn-none-lars-early $GN $LARS --lr 0.2 --lars-layers 'encoder.layer[12]'
-END
 for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
     for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
         gn="$GN --lr $lr --weight-decay $decay"
@@ -130,8 +125,11 @@ runs() {
         while read -r ids name steps flags; do
             [[ ,$ids,$name, =~ ,(${claims:-[A-Z][0-9]+}), ]] || continue
             [ "$STEPS" -eq 0 ] || steps=$STEPS
-            case $flags in *--batch-size*) ;; *) flags="--batch-size 32 $flags" ;; esac
-            case $flags in results/*) script= ;; *) script="byol.py " ;; esac
+            case $flags in
+            results/*) script= ;;
+            *--batch-size*) script="byol.py " ;;
+            *) script="byol.py --batch-size 32 " ;;
+            esac
             for form in code paper; do
                 case $name-$form in *-code-paper | *-paper-code) continue ;; esac
                 run=${name%-"$form"}-$form-s$seed
@@ -181,10 +179,9 @@ trap 'echo "stopped; the same command resumes"; exit 130' INT
 GPUS=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 export FAILED GPUS
 export -f run_one
-slot=()
-[ "$GPUS" -lt 2 ] || slot=(--process-slot-var=SLOT)         # GNU's: a number for each of the JOBS places
-# shellcheck disable=SC2016  # the inner bash expands it
-runs "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" ${slot[@]+"${slot[@]}"} bash -c 'run_one "$@"' run_one
+[ "$GPUS" -lt 2 ] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
+# shellcheck disable=SC2016,SC2086  # the inner bash expands the first; the second may be nothing
+runs "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" ${slot:-} bash -c 'run_one "$@"' run_one
 if [ -s "$FAILED" ]; then
     { echo failed: && cat "$FAILED"; } >&2
     exit 1
