@@ -117,7 +117,7 @@ def parse_arguments(argv):
     add("--weight-decay", None, within(float, 0), f"unless given, {DECAY}")
     add("--warmup", 0.0, within(float, 0, 1), "share of the run with linear warm-up")
     group = parser.add_argument_group("run")
-    add("--steps", 1000, within(int, 0), "length of the run; 0: random features")
+    add("--steps", 1500, within(int, 0), "length of the run; 0: random features")
     add("--epochs", None, within(int, 0), "the length in passes over the images, instead of --steps")
     add("--batch-size", 64, within(int, 2), "images per step, of all processes")
     add("--seed", 0, within(int, 0, 2**63 - 1), "of weights, order and views")
