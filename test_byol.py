@@ -1379,7 +1379,7 @@ def write_run(folder, ending, run):
     name, distances, accuracy, *flat = run.split()
     out = folder / (name + ending)
     out.mkdir(parents=True)
-    flags = dict(steps=100, lr=0.2, weight_decay=1e-4, warmup=0.1)
+    flags = dict(steps=100, seed=0, lr=0.2, weight_decay=1e-4, warmup=0.1)
     flags |= dict(proj_norm="none", pred_norm="none", loss="byol", opt="lars")
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command="python byol.py", cpu="C")))
     lines = [dict(step=0, accuracy=20, state="untrained")]
@@ -1414,7 +1414,7 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
         assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
     outcome = "holds" if claim == "D2" else "no; tried: nothing"
     assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
-    assert cells("fails0", holds, switch="@half-the-rate")[2] == "no; with half the rate: yes"
+    assert cells("fails0", holds, switch="@half-the-rate")[2] == "no; with half the rate: yes (1 of 1)"
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
@@ -1469,7 +1469,7 @@ def test_the_studys_page_is_written_alike_each_time(tmp_path, monkeypatch):
     assert "It ends with 31.0 [30.0, 32.0] %, back at 61, 1e-06 at the lowest." in text
     assert "| C4 | collapses | not run | not run | not run |" in text
     assert text.count("| `python byol.py` |") == 6
-    assert "| no | 0 | 3 | 3 |" in text
+    assert "| 0 | no | 0 | 3 | 3 |" in text
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps"}
 
 

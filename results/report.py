@@ -252,6 +252,19 @@ def verdict(study, claim, form, switch=None):
     return answers
 
 
+def tried(study, claim):
+    """{switch in words: what `verdict` says with it}; names the configuration, if it is not the first."""
+    answers = {}
+    switched = {key[:2] for key in study}
+    for switch, form in sorted({key[1:3] for key in study if key[1]}):
+        answer = verdict(study, claim, form, switch)
+        if answer:
+            words = switch.replace("-", " ").replace("warm up", "warm-up")
+            main, *_ = (name for name in CLAIMS[claim][1:] if (name, switch) in switched)
+            answers[words if main == CLAIMS[claim][1] else f"{words} for {main}"] = answer
+    return answers
+
+
 def holds(claim, answers):
     """In most seeds; D2 says `at times`, so there one is enough."""
     return sum(answers) > (0 if claim == "D2" else len(answers) / 2)
@@ -269,19 +282,14 @@ def verdict_cells(study, claim):
     form; that of random features."""
     answers = {form: verdict(study, claim, form) for form in FORMS}
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
-    switched = {}
-    for switch in sorted({key[1] for key in study if key[1]}):
-        tries = [verdict(study, claim, form, switch) for form in FORMS]
-        if any(tries):
-            switched[switch.replace("-", " ")] = any(holds(claim, answer) for answer in tries)
+    tries = tried(study, claim)
+    flips = [f"with {switch}: yes ({sum(a)} of {len(a)})" for switch, a in tries.items() if holds(claim, a)]
     if not any(answers.values()):
         outcome = "not run"
     elif any(holds(claim, answer) for answer in answers.values()):
         outcome = "holds"
-    elif any(switched.values()):
-        outcome = f"no; with {max(switched, key=switched.get)}: yes"
     else:
-        outcome = "no; tried: " + (", ".join(switched) or "nothing")
+        outcome = "no; " + (", ".join(flips) or f"tried: {', '.join(tries) or 'nothing'}")
     main = CLAIMS[claim][1]
     shown = {form: [run for key, run in study.items() if key[:3] == (main, None, form)] for form in FORMS}
     accuracies = [spread([run.accuracy for run in runs]) for runs in shown.values() if runs]
@@ -305,12 +313,14 @@ def is_dead(run):
 
 
 def count(runs, sign):
-    """A table: in how many of the runs there is the sign, and how these end."""
+    """A table: in how many of the runs there is the sign, and how these end; seed 0, and all others."""
     rows = []
-    for word, there in (("yes", True), ("no", False)):
-        states = [run.state for run in runs if bool(sign(run)) == there]
-        rows.append([word, *map(states.count, STATES)])
-    return table(["sign", *STATES], rows)
+    for seeds, first in (("0", True), ("others", False)):
+        for word, there in (("yes", True), ("no", False)):
+            chosen = [run for run in runs if (run.flags["seed"] == 0) == first]
+            states = [run.state for run in chosen if bool(sign(run)) == there]
+            rows.append([seeds, word, *map(states.count, STATES)])
+    return table(["seeds", "sign", *STATES], rows)
 
 
 # ------------------------------------------------------------------------ pictures
