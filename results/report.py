@@ -335,7 +335,7 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
     "live": ("live share of the prediction's units", "live", -1),
     "slope": ("slope of q over z", "growth", "slope"),
     "strongest": ("variance along the strongest direction", "growth", "strongest"),
-    "accuracy": ("accuracy in %; at step 0 of random features",),
+    "accuracy": ("accuracy in % (step 0: random features)",),
     "share": ("share common to both views",),
 }
 LINEAR = ("accuracy", "live", "share", "slope")
@@ -361,15 +361,16 @@ def save(figure, path):
 def draw(path, panels, groups):
     """A panel each, in which {label: [Run]} are lines, a colour for each label."""
     figure, axes = new_axes(math.ceil(len(panels) / 2), min(len(panels), 2))
+    styles = list(itertools.product((".-", ".--", ".:"), COLOURS))
     for panel, place in zip(panels, axes.flat):
         name, *keys = PANELS[panel]
-        for colour, (label, runs) in zip(itertools.cycle(COLOURS), groups.items()):
+        for (line, colour), (label, runs) in zip(itertools.cycle(styles), groups.items()):
             for i, run in enumerate(runs):
                 points = dict(accuracy=run.accuracies, share=run.shares).get(panel) or run.column(*keys)
                 shown = {step: value for step, value in points.items() if value is not None}
                 if shown:
                     text = None if i else label
-                    place.plot(*zip(*shown.items()), ".-", color=colour, lw=1.3, ms=3, label=text)
+                    place.plot(*zip(*shown.items()), line, color=colour, lw=1.3, ms=3, label=text)
         place.set(xlabel="step", ylabel=name)
         if place.lines:
             place.set_xscale("linear" if panel == "accuracy" else "log")
