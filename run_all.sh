@@ -47,6 +47,7 @@ D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none 
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
 C1          bn-none-sgd-long@warm-up-of-150-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.00625
 C1          bn-none-sgd-long@warm-up-of-300-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.0125
+C1          bn-none-sgd-long@warm-up-of-450-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.01875
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
 C1          bn-none-sgd-long@twice-the-rate-paper 24000 --enc-norm bn --mlp-norm none --lr 1.6
 D1,D4       gn-none-sgd-wd1e-5@warm-up-of-150-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.00625
