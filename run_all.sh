@@ -57,9 +57,6 @@ D5          gnws-none-sgd@twice-the-rate-paper 24000 --enc-norm gn+ws --mlp-norm
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
 D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
-D7          gn-none-lars-early@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$EARLY'
-D7          gn-none-lars-0.2@half-the-rate-paper 6000 $GN $LARS --lr 0.1
-D7          gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
 full           full-gn-none-sgd-wd1e-5 131200  $GN --lr 0.2 --weight-decay 1e-5
 full           full-gnws-none-sgd      131200  --enc-norm gn+ws --mlp-norm none --lr 0.2
