@@ -162,10 +162,7 @@ run_one() {
     fi
 }
 
-if [ -n "$list" ]; then
-    runs "$@" | cut -f 3
-    exit
-fi
+[ -z "$list" ] || { runs "$@" | cut -f 3 && exit; }
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     command=$(runs "$@" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" | cut -f 3)
     [ -n "$command" ] || usage "element $SLURM_ARRAY_TASK_ID of $(runs "$@" | wc -l) runs, counted from 0"
@@ -181,8 +178,5 @@ export -f run_one
 [ "$GPUS" -lt 2 ] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
 # shellcheck disable=SC2016,SC2086  # the inner bash expands the first; the second may be nothing
 runs "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" ${slot:-} bash -c 'run_one "$@"' run_one
-if [ -s "$FAILED" ]; then
-    { echo failed: && cat "$FAILED"; } >&2
-    exit 1
-fi
+[ -s "$FAILED" ] && { echo failed: && cat "$FAILED"; } >&2 && exit 1
 echo "all runs are finished, in $OUT"
