@@ -52,6 +52,7 @@ C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm n
 C1          bn-none-sgd-long@twice-the-rate-paper 24000 --enc-norm bn --mlp-norm none --lr 1.6
 D1,D4       gn-none-sgd-wd1e-5@warm-up-of-150-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.00625
 D1,D4       gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.025
+D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
 D5          gnws-none-sgd@warm-up-of-600-code 24000 --enc-norm gn+ws --mlp-norm none --lr 0.2 --warmup 0.025
 D5          gnws-none-sgd@twice-the-rate-paper 24000 --enc-norm gn+ws --mlp-norm none --lr 0.4
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
