@@ -49,7 +49,6 @@ C1          bn-none-sgd-long@warm-up-of-150-code 24000 --enc-norm bn --mlp-norm 
 C1          bn-none-sgd-long@warm-up-of-300-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.0125
 C1          bn-none-sgd-long@warm-up-of-450-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.01875
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
-C1          bn-none-sgd-long@twice-the-rate-paper 24000 --enc-norm bn --mlp-norm none --lr 1.6
 D1,D4       gn-none-sgd-wd1e-5@warm-up-of-150-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.00625
 D1,D4       gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.025
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
