@@ -1305,11 +1305,12 @@ DISTANCES = {  # at steps 1 to 100
     "back-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 20 + [0.1] * 20,
 }
 # What bears a claim out (+), and what contradicts it (-). A run: its name, DISTANCES, accuracy (random
-# features: 20), and `flat` where nothing in the layers changes.
+# features: 20), and `flat` where neither the loss nor anything in the layers changes.
 EVIDENCE = """
 C1  + bn-none-sgd-long back 40
 C1  - bn-none-sgd-long down 40
 C1  - bn-none-sgd-long back 21
+C1  - bn-none-sgd-long back 40 flat
 C2  + bn-none-lars healthy 40, bn-none-sgd back 30
 C2  - bn-none-lars healthy 30, bn-none-sgd back 40
 C2  - bn-none-lars back 40, bn-none-sgd back 30
@@ -1332,6 +1333,7 @@ C7  - gn-none-lars-0.1 healthy 30
 C7  - gn-none-lars-0.1 back 20
 D1  + gn-none-sgd-wd1e-5 back 30
 D1  - gn-none-sgd-wd1e-5 down 30
+D1  - gn-none-sgd-wd1e-5 back 30 flat
 D1  - gn-none-sgd-wd1e-5 healthy 30
 D2  + gn-none-sgd-wd1e-4 down-again 30
 D2  - gn-none-sgd-wd1e-4 down 30
@@ -1389,7 +1391,8 @@ def write_run(folder, ending, run):
             peak = 10.0 if distance < 0.01 else 5.0
             values = dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=peak)
         layers = dict.fromkeys(("layer1", "projection", "prediction"), values)
-        line = dict(step=step, loss=distance, rep_dist=distance, neg_cos=1 - distance, common=0.1)
+        loss = 1.0 if flat else distance
+        line = dict(step=step, loss=loss, rep_dist=distance, neg_cos=1 - distance, common=0.1)
         lines.append(dict(line, q_norm=1.0, live=[1.0, distance], layers=layers))
     lines.append(dict(step=100, accuracy=int(accuracy), state=""))
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -137,7 +137,11 @@ def comes_back(run):
 
 
 def comes_back_with_rising_loss(run):
-    return comes_back(run) and run.lines[-1]["loss"] > run.lowest["loss"]
+    """To a loss above the least while it was down. That at the lowest distance may be falling yet."""
+    if not comes_back(run):
+        return False
+    down = [line["loss"] for line in run.lines if run.falls[0] <= line["step"] <= run.returns[0]]
+    return run.lines[-1]["loss"] > min(down)
 
 
 def comes_back_below(run, control):
