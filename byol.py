@@ -1,12 +1,13 @@
-"""BYOL with and without batch statistics: does it collapse, and what brings it back? Results: README.md
+r"""BYOL with and without batch statistics: does it collapse, and what brings it back? Results: README.md
 
     python byol.py                                                       # the control: bn everywhere, SGD
     python byol.py --enc-norm gn --mlp-norm none                         # no batch statistics: collapses
     python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2     # and LARS: does not stay collapsed
-    python byol.py --data stl10 --download --width 64 --stem imagenet --size 96 --batch-size 256 \\
+    python byol.py --data stl10 --download --width 64 --stem imagenet --size 96 --batch-size 256 \
         --epochs 320 --device cuda                                       # the blog's full set-up
-    torchrun --nproc-per-node 2 byol.py --enc-norm gn --mlp-norm none    # one run on two processes
+    torchrun --nproc-per-node 2 byol.py --batch-size 128                 # one run on two processes
 
+"The blog" is the post that it reproduces, Understanding self-supervised and contrastive learning with BYOL.
 It reads top to bottom in the order data flows: arguments, images, views, networks, losses, collapse metrics,
 linear evaluation, run folder, training. A run is one folder; the same command resumes a run that was cut off.
 """
@@ -155,11 +156,10 @@ def parse_arguments(argv):
         if wrong:
             stop(2, why)
     follows = dict(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
-    naming = [name for name in changed if name not in PLACES and changed[name] != follows.get(name)]
-    words = [f"{name}_{changed[name]}" for name in naming]
+    telling = {name: value for name, value in changed.items() if value != follows.get(name)}
+    words = [f"{name}_{value}" for name, value in telling.items() if name not in PLACES]
     follows["out"] = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
-    for name in follows.keys() - changed.keys():
-        setattr(args, name, follows[name])
+    vars(args).update(follows | changed)
     if WORLD > 1 and args.device == "cuda":
         args.device += ":" + os.environ["LOCAL_RANK"]
     return args
@@ -226,8 +226,8 @@ def open_folder(root):
     if len(train.classes) < 2 or train.classes != test.classes:
         stop(2, f"--data folder:{root}: train and test need the same classes, two or more")
     every = datasets.ImageFolder(root, loader=open_image, allow_empty=True)
-    names = [every.classes[target] for target in every.targets]
-    unlabeled = Subset(every, [i for i, name in enumerate(names) if name == "unlabeled"])
+    chosen = [i for i, target in enumerate(every.targets) if every.classes[target] == "unlabeled"]
+    unlabeled = Subset(every, chosen)
     present = sum(len(files) for *_, files in os.walk(root, followlinks=True))
     left_out = present - len(train) - len(unlabeled) - len(test)
     if left_out:
@@ -419,7 +419,7 @@ def load_views(images, step, args):
 
 # ------------------------------------------------------------------------ networks
 def per_view(norm):
-    """A batch normalization for a batch of two views, one after the other, each with its own statistics."""
+    """BN for a batch of two views, one after the other, each with its own statistics, as in two passes."""
     class PerView(norm):
         def forward(self, x):
             forward = super().forward
@@ -519,7 +519,7 @@ def collapse_metrics(y1, z1, y2, z2):
         "z_norm": z_norm,
         "z_std": (z1.std(0) + z2.std(0)).mean() / 2 * z1.shape[1] ** 0.5,
         "y_std": (y1.std(0) + y2.std(0)).mean() / 2 * y1.shape[1] ** 0.5,
-        "y_rank": torch.special.entr(share / share.sum()).sum().exp(),
+        "y_rank": torch.special.entr(share / share.sum().clamp_min(1e-30)).sum().exp(),
     }
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
 
@@ -673,6 +673,7 @@ def describe(args, digest):
         config["gpu"] = torch.cuda.get_device_name(args.device)
     with contextlib.suppress(OSError):
         config["cpu"] = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
+    with contextlib.suppress(OSError):
         git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40", "--dirty"]
         config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return config
@@ -686,11 +687,11 @@ def open_run(out, config):
         foreign = [name for name in os.listdir(out) if not name.startswith("config.json")]
         if foreign and not path.exists():
             stop(2, f"--out {out}: neither empty nor a run's folder, it holds {foreign[0]}")
+        log = open(Path(out, "metrics.jsonl"), "a+b")
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.exists():
             with written_whole(path) as file:
                 file.write(json.dumps(config, indent=1).encode())
-        log = open(Path(out, "metrics.jsonl"), "a+b")
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         before = dict(json.loads(path.read_text())["flags"])
     except BlockingIOError:
         stop(1, f"--out {out}: another process is at this run")
@@ -705,7 +706,8 @@ def open_run(out, config):
 
 
 def load_checkpoint(out, log, parts):
-    """Fill `parts`, {name: network or optimizer}, cut `log` to the checkpoint, return the run's progress."""
+    """Fill `parts`, {name: network or optimizer}, cut `log` to the checkpoint, return the run's progress.
+    There is no generator to restore: what is random in a step depends on seed and step alone."""
     path, progress = Path(out, "checkpoint.pt"), {"step": 0, "state": "untrained", "log_bytes": 0}
     if path.exists():
         try:
@@ -714,7 +716,7 @@ def load_checkpoint(out, log, parts):
                 part.load_state_dict(content[name])
             progress.update(content["progress"])
         except Exception as error:      # torch raises nearly anything on a damaged or foreign file
-            stop(1, f"{path}: cannot resume ({type(error).__name__}: {str(error)[:80]}); remove the file")
+            stop(1, f"{path}: cannot resume ({repr(error)[:100]}); if damaged, remove it")
     if log and log.seek(0, os.SEEK_END) < progress["log_bytes"]:
         stop(1, f"{log.name} is shorter than at the last checkpoint; remove the folder to start over")
     if log:
@@ -739,8 +741,8 @@ def tau(step, steps, base):
 def check_memory(args):
     """Refuse a step whose feature maps, those of one pass of both views, do not fit into memory."""
     side = args.size // (4 if args.stem == "imagenet" else 1)
-    of_one_view = 19 * args.width * side**2         # values: ResNet-18 has as many as some 19 maps of layer1
-    needed = 2 * args.batch_size / WORLD * of_one_view * (2 if args.amp else 4)
+    values = 19 * args.width * side**2              # of a view: ResNet-18's are some 19 maps of layer1's size
+    needed = 2 * args.batch_size / WORLD * values * (2 if args.amp else 4)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if args.device != "cpu":
         there = torch.cuda.mem_get_info(args.device)[1]
@@ -885,11 +887,11 @@ def main(argv):
         logs = done == args.steps or done % args.log_every == 0 or done & step == 0     # at powers of two
         judges = done == args.steps or args.eval_every > 0 and done % args.eval_every == 0
         saves = done % args.checkpoint_every == 0
-        if logs or saves:               # the one place that waits for the device
+        if logs or saves:               # nothing else in a step waits for the device
             loss = gather(loss[None]).mean().item()
             if not math.isfinite(loss):
                 stop(1, f"the loss is {loss} at step {done}: the run diverged; try a lower --lr")
-        if logs:
+        if logs:                        # on every process, as it gathers
             metrics = measure(args, online, optimizer, *outputs)
             progress["state"] = collapse_state(progress["state"], metrics["rep_dist"])
         if logs and log:
@@ -911,6 +913,7 @@ def main(argv):
         if judges and log:
             judge(done)
         if saves and log:
+            os.fsync(log.fileno())
             progress.update(step=done, log_bytes=log.tell())
             states = {name: part.state_dict() for name, part in parts.items()}
             save({**states, "progress": progress}, f"{args.out}/checkpoint.pt")
