@@ -58,8 +58,8 @@ D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
 D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
-full           full-gn-none-sgd-wd1e-5 131200  $GN --lr 0.2 --weight-decay 1e-5
-full           full-gnws-none-sgd      131200  --enc-norm gn+ws --mlp-norm none --lr 0.2
+full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5
+full gnws-none-sgd@the-original-length 131200 --enc-norm gn+ws --mlp-norm none --lr 0.2
 why            harm-lengths-paper       6000    results/harm.py lengths $GN --lr 0.2 --batch-size 32
 why            harm-units-paper         6000    results/harm.py units $GN --lr 0.2 --batch-size 32
 why            harm-both-paper          6000    results/harm.py both $GN --lr 0.2 --batch-size 32
