@@ -70,7 +70,6 @@ why            lars-all-0.05-code      3000    $GN $LARS --lr 0.05
 why            lars-weights-0.05-code  3000    $GN $LARS --lr 0.05 --lars-layers '$CONVS|$MLPS.*weight'
 why            lars-norms-0.05-code    3000    $GN $LARS --lr 0.05 --lars-layers 'encoder|$MLPS.*weight'
 why            lars-biases-0.05-code   3000    $GN $LARS --lr 0.05 --lars-layers '$CONVS|$MLPS'
-why            lars-all-0.2-warm-code  6000    $GN $LARS --lr 0.2 --warmup 0.1
 why            growth-sgd-paper        6000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-sgd-code         2000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-lars-code        2000    results/growth.py $GN $LARS --lr 0.2 --batch-size 32
@@ -93,10 +92,7 @@ for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
 done
 
 set -uf                             # no globbing: [12] stands in flags
-usage() {
-    echo "run_all.sh: $1" >&2
-    exit 2
-}
+usage() { echo "run_all.sh: $1" >&2 && exit 2; }
 [ -f byol.py ] || usage "run it in the folder that holds byol.py"
 list='' claims=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
