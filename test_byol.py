@@ -1412,10 +1412,10 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
                 write_run(tmp_path / folder, f"-paper-s{seed}", f"{name}{switch} {values}")
         return report.verdict_cells(report.sweep(report.load(tmp_path / folder)[0]), claim)[:3]
 
-    assert cells("holds", holds) == ["not run", "1 of 1", "holds"]
+    assert cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
     for i, runs in enumerate(fails):
         assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
-    outcome = "holds" if claim == "D2" else "no; tried: nothing"
+    outcome = "holds in the paper's form" if claim == "D2" else "no; tried: nothing"
     assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
     assert cells("fails0", holds, switch="@half-the-rate")[2] == "no; with half the rate: yes (1 of 1)"
 

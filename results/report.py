@@ -287,11 +287,12 @@ def verdict_cells(study, claim):
     answers = {form: verdict(study, claim, form) for form in FORMS}
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
     tries = tried(study, claim)
+    forms = [f"the {form}'s" for form, answer in answers.items() if holds(claim, answer)]
     flips = [f"with {switch}: yes ({sum(a)} of {len(a)})" for switch, a in tries.items() if holds(claim, a)]
     if not any(answers.values()):
         outcome = "not run"
-    elif any(holds(claim, answer) for answer in answers.values()):
-        outcome = "holds"
+    elif forms:
+        outcome = f"holds in {' and '.join(forms)} form"
     else:
         outcome = "no; " + (", ".join(flips) or f"tried: {', '.join(tries) or 'nothing'}")
     main = CLAIMS[claim][1]
@@ -334,12 +335,11 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
     "distance": ("representation distance", "rep_dist"),
     "loss": ("loss", "loss"),
     "rate": ("local LARS rate of layer1", "layers", "layer1", "lars_rate"),
-    "weights": ("prediction: largest weight over rms", "layers", "prediction", "max_over_rms"),
     "length": ("mean length of q", "q_norm"),
     "live": ("live share of the prediction's units", "live", -1),
     "slope": ("slope of q over z", "growth", "slope"),
-    "strongest": ("variance along the strongest direction", "growth", "strongest"),
-    "accuracy": ("accuracy in % (step 0: random features)",),
+    "strongest": ("variance along the\nstrongest direction", "growth", "strongest"),
+    "accuracy": ("accuracy in %\n(step 0: random features)",),
     "share": ("share common to both views",),
 }
 LINEAR = ("accuracy", "live", "share", "slope")
@@ -487,7 +487,7 @@ def figure(runs, name, title, panels, *legend):
     else:
         groups = {label: seeds(runs, wanted) for label, wanted in (line.split(": ") for line in legend)}
         draw(path, panels.split(), {label: group for label, group in groups.items() if group})
-    return f"![{title}](figures/{name}.png)\n\n*{title}. Each line is a run.*"
+    return f"![{title}](figures/{name}.png)\n\n*{title}.*"
 
 
 def page(text, runs):
