@@ -879,6 +879,7 @@ def main(argv):
 
     if log and progress["step"] == 0:
         judge(0)
+    print("left: minutes to go; the other columns: README.md, Has my run collapsed?")
     print("   step  left     loss   distance common     |z|     |q|   live units  state")
     clock, clock_step = time.perf_counter(), progress["step"]
     for step in range(progress["step"], args.steps):
