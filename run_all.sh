@@ -18,7 +18,6 @@
 
 GN="--enc-norm gn --mlp-norm none" LARS="--opt lars" CONVS="conv|downsample.0" MLPS="(projection|prediction)"
 EARLY="encoder.layer[12]" WIDE="--width 64 --stem imagenet --size 96 --batch-size 256"
-
 # claims       name                    steps   flags
 CONFIGURATIONS="
 C3,C5,B3,X1    bn-bn-sgd               6000    --enc-norm bn --mlp-norm bn --lr 0.8
