@@ -288,13 +288,15 @@ def verdict_cells(study, claim):
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
     tries = tried(study, claim)
     forms = [f"the {form}'s" for form, answer in answers.items() if holds(claim, answer)]
-    flips = [f"with {switch}: yes ({sum(a)} of {len(a)})" for switch, a in tries.items() if holds(claim, a)]
+    counts = {switch: f"({sum(a)} of {len(a)})" for switch, a in tries.items()}
+    flips = [f"with {switch}: yes {counts[switch]}" for switch, a in tries.items() if holds(claim, a)]
+    failed = [f"{switch} {count}" for switch, count in counts.items()] or ["nothing"]
     if not any(answers.values()):
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
     else:
-        outcome = "no; " + (", ".join(flips) or f"tried: {', '.join(tries) or 'nothing'}")
+        outcome = "no; " + (", ".join(flips) or "tried: " + ", ".join(failed))
     main = CLAIMS[claim][1]
     shown = {form: [run for key, run in study.items() if key[:3] == (main, None, form)] for form in FORMS}
     accuracies = [spread([run.accuracy for run in runs]) for runs in shown.values() if runs]
