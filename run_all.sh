@@ -91,7 +91,7 @@ for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
 done
 
 set -uf                             # no globbing: [12] stands in flags
-usage() { echo "run_all.sh: $1" >&2 && exit 2; }
+usage() { echo "run_all.sh: $1" >&2; exit 2; }
 [ -f byol.py ] || usage "run it in the folder that holds byol.py"
 list='' claims=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -160,7 +160,7 @@ run_one() {
     fi
 }
 
-[ -z "$list" ] || { runs "$@" | cut -f 3 && exit; }
+[ -z "$list" ] || { runs "$@" | cut -f 3; exit; }
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     command=$(runs "$@" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" | cut -f 3)
     [ -n "$command" ] || usage "element $SLURM_ARRAY_TASK_ID of $(runs "$@" | wc -l) runs, counted from 0"
@@ -176,5 +176,5 @@ export -f run_one
 [ "$GPUS" -lt 2 ] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
 # shellcheck disable=SC2016,SC2086  # the inner bash expands the first; the second may be nothing
 runs "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" ${slot:-} bash -c 'run_one "$@"' run_one
-[ -s "$FAILED" ] && { echo failed: && cat "$FAILED"; } >&2 && exit 1
+[ -s "$FAILED" ] && { echo failed:; cat "$FAILED"; exit 1; } >&2
 echo "all runs are finished, in $OUT"

@@ -537,6 +537,7 @@ def test_loss_distance_and_common_are_exact_near_collapse():
         assert metrics["common"] == pytest.approx(1 - own, abs=0.2)
     dead = byol.collapse_metrics(*[torch.ones(32, 64)] * 4)
     assert dead["rep_dist"] == dead["common"] == 0
+    assert all(map(math.isfinite, byol.collapse_metrics(*[torch.zeros(32, 64)] * 4).values()))
 
 
 def test_collapse_metrics():
@@ -1077,6 +1078,8 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
     output += run_all("--list", "full", "why", "wide", "map", **settings).stdout
     commands = [shlex.split(line) for line in output.splitlines()]
     assert len(commands) == len({command[command.index("--out") + 1] for command in commands}) > 400
+    first = f"OUT={tmp_path}/out bash run_all.sh --list why wide map | head -n 1"
+    subprocess.run(["bash", "-c", first], cwd=HERE, check=True, timeout=60)
     assert not (tmp_path / "out").exists()
     for python, script, *words in commands:
         assert python == "python" and (HERE / script).exists()
@@ -1417,7 +1420,7 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
         assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
     outcome = "holds in the paper's form" if claim == "D2" else "no; tried: nothing"
     assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
-    assert cells("fails0", holds, switch="@half-the-rate")[2] == "no; with half the rate: yes (1 of 1)"
+    assert cells("fails0", holds, switch="@half-the-rate")[2] == "no; with half the rate in the paper's form: yes (1 of 1)"
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):

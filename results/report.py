@@ -265,7 +265,8 @@ def tried(study, claim):
         if answer:
             words = switch.replace("-", " ").replace("warm up", "warm-up")
             main, *_ = (name for name in CLAIMS[claim][1:] if (name, switch) in switched)
-            answers[words if main == CLAIMS[claim][1] else f"{words} for {main}"] = answer
+            words += "" if main == CLAIMS[claim][1] else f" for {main}"
+            answers[f"{words} in the {form}'s form"] = answer
     return answers
 
 
