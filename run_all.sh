@@ -17,7 +17,6 @@
 # in -code or -paper, that one alone. NAME@SWITCH is NAME with one thing changed.
 
 GN="--enc-norm gn --mlp-norm none" LARS="--opt lars" CONVS="conv|downsample.0" MLPS="(projection|prediction)"
-EARLY="encoder.layer[12]" WIDE="--width 64 --stem imagenet --size 96 --batch-size 256"
 # claims       name                    steps   flags
 CONFIGURATIONS="
 C3,C5,B3,X1    bn-bn-sgd               6000    --enc-norm bn --mlp-norm bn --lr 0.8
@@ -28,7 +27,7 @@ C5,C6          gn-bn-sgd               6000    --enc-norm gn --mlp-norm bn --lr 
 C6,D7          gn-none-lars-0.2        6000    $GN $LARS --lr 0.2
 C7,D10         gn-none-lars-0.1        6000    $GN $LARS --lr 0.1
 D10            gn-none-lars-0.5        6000    $GN $LARS --lr 0.5
-D6,D7          gn-none-lars-early      6000    $GN $LARS --lr 0.2 --lars-layers '$EARLY'
+D6,D7          gn-none-lars-early      6000    $GN $LARS --lr 0.2 --lars-layers 'encoder.layer[12]'
 D8             gn-none-sgd-early       6000    $GN --lr 0.2 --lr-mult 'encoder.layer[12]=10'
 D7,D9          gn-none-lars-mlps       6000    $GN $LARS --lr 0.2 --lars-layers 'projection|prediction'
 X1             gnws-none-lars          6000    --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
@@ -44,21 +43,23 @@ D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none --lr 0.2
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
-C1          bn-none-sgd-long@warm-up-of-150-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.00625
-C1          bn-none-sgd-long@warm-up-of-300-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.0125
-C1          bn-none-sgd-long@warm-up-of-450-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.01875
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
-D1,D4       gn-none-sgd-wd1e-5@warm-up-of-150-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.00625
-D1,D4       gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.025
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
+D5          gnws-none-sgd@warm-up-of-150-code 24000 --enc-norm gn+ws --mlp-norm none --lr 0.2 --warmup 0.00625
 D5          gnws-none-sgd@warm-up-of-600-code 24000 --enc-norm gn+ws --mlp-norm none --lr 0.2 --warmup 0.025
 D5          gnws-none-sgd@twice-the-rate-paper 24000 --enc-norm gn+ws --mlp-norm none --lr 0.4
-D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
+D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers 'encoder.layer[12]'
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
 D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@LARS-on-weights-code 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS.*weight'
 D9          gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@twice-the-rate-paper 6000 $GN $LARS --lr 0.4 --lars-layers '$MLPS'
+D9          gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --warmup 0.025
+D9          gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --warmup 0.4
+D9          gn-none-lars-mlps@decay-0-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --weight-decay 0
+D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --batch-size 128
+D9          gn-none-lars-mlps@weight-standardization-paper 6000 --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2 --lars-layers '$MLPS'
+D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn --proj-norm bn --pred-norm none $LARS --lr 0.2 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
 full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5
 full gnws-none-sgd@the-original-length 131200 --enc-norm gn+ws --mlp-norm none --lr 0.2
@@ -72,23 +73,23 @@ why            lars-biases-0.05-code   3000    $GN $LARS --lr 0.05 --lars-layers
 why            growth-sgd-paper        6000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-sgd-code         2000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-lars-code        2000    results/growth.py $GN $LARS --lr 0.2 --batch-size 32
-wide           wide-bn-bn-sgd          4100    $WIDE --enc-norm bn --mlp-norm bn --lr 0.8
-wide           wide-gn-none-sgd        4100    $WIDE $GN --lr 0.8
-wide           wide-gn-bn-sgd          4100    $WIDE --enc-norm gn --mlp-norm bn --lr 0.8
-wide           wide-gn-none-lars-0.2   4100    $WIDE $GN $LARS --lr 0.2
-wide           wide-gn-none-lars-0.1   4100    $WIDE $GN $LARS --lr 0.1
-wide           wide-gn-none-lars-early 4100    $WIDE $GN $LARS --lr 0.2 --lars-layers '$EARLY'
 "
+for warmup in 150:0.00625 300:0.0125 450:0.01875 600:0.025; do
+    switch="@warm-up-of-${warmup%:*}-code 24000" flag="--warmup ${warmup#*:}"
+    CONFIGURATIONS+="C1 bn-none-sgd-long$switch --enc-norm bn --mlp-norm none --lr 0.8 $flag"$'\n'
+    CONFIGURATIONS+="D1,D4 gn-none-sgd-wd1e-5$switch $GN --lr 0.2 --weight-decay 1e-5 $flag"$'\n'
+done
 for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
     for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
-        gn="$GN --lr $lr --weight-decay $decay"
-        CONFIGURATIONS+="map map-sgd-$lr-$decay-paper 3000 $gn"$'\n'
-        CONFIGURATIONS+="map map-lars-$lr-$decay 3000 $gn $LARS"$'\n'
+        CONFIGURATIONS+="map map-sgd-$lr-$decay-paper 3000 $GN --lr $lr --weight-decay $decay"$'\n'
+        CONFIGURATIONS+="map map-lars-$lr-$decay 3000 $GN --lr $lr --weight-decay $decay $LARS"$'\n'
     done
     for warmup in 0 0.01 0.03 0.1 0.3 1; do
         CONFIGURATIONS+="map map-warmup-$lr-$warmup-code 3000 $GN --lr $lr --warmup $warmup"$'\n'
     done
 done
+wide="4100 --width 64 --stem imagenet --size 96 --batch-size 256"
+CONFIGURATIONS+=$(sed -nE "s/^[^ ]*(C[3-7]|D7)[^ ]* +([^ @]+) +6000 +/wide wide-\2 $wide /p" <<<"$CONFIGURATIONS")
 
 set -uf                             # no globbing: [12] stands in flags
 usage() { echo "run_all.sh: $1" >&2; exit 2; }
@@ -134,6 +135,7 @@ runs() {
                 extra+=" --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2))"
                 case $form/$flags in
                 code/*lars*) extra+=" --lars-on all" ;;
+                paper/*--warmup*) ;;
                 paper/*) extra+=" --warmup 0.1" ;;
                 esac
                 extra+=" --out $OUT/$run$more"
