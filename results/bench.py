@@ -4,11 +4,12 @@
     python results/bench.py --peers [byol.py's flags]       # the same work in lightly and byol-pytorch
 
 The floor is the same networks' two forwards and the backward on fixed tensors, nothing else. What is compared
-runs turn about, so that what else the machine does falls on all: median, least and most of five rounds.
+runs turn about, so that what else the machine does falls on all: median, least and most of nine rounds.
 """
 
 import copy
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import resource
@@ -16,7 +17,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,92 +45,65 @@ class Count(TorchDispatchMode):
 
 
 def ready(flags):
-    """A run before its first step: arguments, images, (online, target, optimizer)."""
+    """A run before its first step: arguments, images, and {name: a function that does this part of a step, or
+    all of it, or the floor}."""
     args = byol.parse_arguments([*flags, "--steps", str(10**6)])        # so that the schedules do not end
-    images = byol.load_images(args).train
-    return args, images if args.device == "cpu" else images.to(args.device), byol.set_up(args)
-
-
-def timed(work, device, n):
-    """Milliseconds of one of n calls of `work`, which gets the numbers 0 to n - 1."""
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    wait()
-    began = time.perf_counter()
-    for i in range(n):
-        work(i)
-    wait()
-    return 1000 * (time.perf_counter() - began) / n
-
-
-def parts(args, images, online, target, optimizer):
-    """{name: a function that does this part of a step, or the floor, or the whole, once}."""
+    images = byol.load_images(args).train.to(args.device)
+    online, target, optimizer = byol.set_up(args)
     views = byol.load_views(images, 0, args)
+    order = byol.image_order(len(images), 0, 0)[: args.batch_size].to(args.device)
+    steps = itertools.count()
     mixed = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
-
-    def forward(network):
-        with mixed:
-            return network(views)
-
-    def both_ways(i):
-        forward(online)[2].float().square().mean().backward()
-
-    def floor(i):
-        both_ways(i)
-        torch.no_grad()(forward)(target)
-
-    return {
-        "step": lambda i: byol.train_step(args, images, online, target, optimizer, i),
-        "floor": floor,
-        "images": lambda i: images[byol.image_order(len(images), 0, 0)[: args.batch_size].to(images.device)],
-        "images and views": lambda i: byol.load_views(images, i, args),
-        "online forward": lambda i: forward(online),
-        "target forward": lambda i: torch.no_grad()(forward)(target),
+    online_forward = mixed(lambda: online(views)[2])
+    target_forward = torch.no_grad()(mixed(lambda: target(views)))
+    both_ways = lambda: online_forward().float().square().mean().backward()
+    return args, images, {
+        "step": lambda: byol.train_step(args, images, online, target, optimizer, next(steps)),
+        "floor": lambda: (both_ways(), target_forward()),
+        "images": lambda: images[order],
+        "images and views": lambda: byol.load_views(images, next(steps), args),
+        "online forward": online_forward,
+        "target forward": target_forward,
         "online forward and backward": both_ways,
-        "optimizer": lambda i: optimizer.step(),
-        "EMA": lambda i: byol.update_target(target, online, 0.996),
+        "optimizer": optimizer.step,
+        "EMA": lambda: byol.update_target(target, online, 0.996),
     }
 
 
-def turn_about(works, turns):
-    """{name: milliseconds in five rounds} of {name: function of n: milliseconds of one of n calls}. In a
-    round each has so many turns, of a second or of one call."""
-    calls = {name: max(1, min(100, round(1000 / work(2)))) for name, work in works.items()}
-    table = {name: [] for name in works}
-    for _ in range(5):
-        blocks = [{name: work(calls[name]) for name, work in works.items()} for _ in range(turns)]
-        for name in works:
-            table[name].append(statistics.mean(block[name] for block in blocks))
-    return table
+def timer(work, device):
+    """A function of n: milliseconds of one of n calls of `work`."""
+    def milliseconds(n):
+        began = time.perf_counter()
+        for _ in range(n):
+            work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began) / n
+    return milliseconds
 
 
-def show(name, values, digits=1):
-    three = statistics.median(values), min(values), max(values)
-    print(f"{name:32}" + "".join(f"{value:10.{digits}f}" for value in three))
-    return three
+def turn_about(timers):
+    """{name: milliseconds in nine rounds}: in each, a turn of about a second, or of one call."""
+    calls = {name: max(1, min(100, round(1000 / time_of(1)))) for name, time_of in timers.items()}
+    rounds = [{name: time_of(calls[name]) for name, time_of in timers.items()} for _ in range(9)]
+    return {name: [row[name] for row in rounds] for name in timers}
 
 
-def profile(flags):
-    args, images, networks = ready(flags)
-    works = parts(args, images, *networks)
-    timers = {name: partial(timed, work, args.device) for name, work in works.items()}
-    table = turn_about({name: timers.pop(name) for name in ("step", "floor")}, turns=5)
-    table |= turn_about(timers, turns=1)
-    print(f"{'milliseconds':32}{'median':>10}{'least':>10}{'most':>10}")
-    figures = {name: show(name, values) for name, values in table.items()}
-    figures["floor / step"] = show("floor / step", [f / s for f, s in zip(table["floor"], table["step"])], 3)
-    figures["samples/s"] = show("samples per second", [1000 * args.batch_size / ms for ms in table["step"]])
-    for name in ("step", "images and views", "optimizer"):
-        with Count() as count:
-            works[name](0)
-        figures[f"operations of {name}"] = count.n
-        print(f"{'operations of ' + name:32}{count.n:10}")
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024        # on macOS in KiB, not MiB
-    figures["peak MiB"] = resident if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
-    print(f"{'peak memory in MiB':32}{figures['peak MiB']:10.0f}\n{json.dumps(figures)}")
+def show(table, batch_size):
+    """Print what `turn_about` found; {name: median, least, most of each column}."""
+    figures = {}
+    print(f"{'median, least, most':28}{'milliseconds':>24}{'over step':>21}{'samples per second':>24}")
+    for name, row in table.items():
+        over_step = [ms / step for ms, step in zip(row, table["step"])]
+        samples = [1000 * batch_size / ms for ms in row]
+        columns = row, over_step, samples
+        figures[name] = [f(column) for column in columns for f in (statistics.median, min, max)]
+        print(f"{name:28}" + (3 * "{:8.1f}" + 3 * "{:7.2f}" + 3 * "{:8.0f}").format(*figures[name]))
+    return figures
 
 
 def lightly(args, images, encoder):
-    """By lightly's documentation: collation of a batch, its loss, parameters, what follows a step."""
+    """As its documentation has it: collation of a batch, loss, parameters, what follows a step."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import update_momentum
@@ -138,21 +111,18 @@ def lightly(args, images, encoder):
 
     view = BYOLView1Transform(args.size, cj_sat=0.4, min_scale=0.2, gaussian_blur=0.5)
     transform, pictures = BYOLTransform(view, view), [TF.to_pil_image(image) for image in images]
+    collate = lambda chosen: torch.utils.data.default_collate([transform(pictures[i]) for i in chosen])
     online = nn.Sequential(encoder, BYOLProjectionHead(8 * args.width, 512, 128)).to(args.device)
     prediction = BYOLPredictionHead(128, 512, 128).to(args.device)
-    target, loss = copy.deepcopy(online).requires_grad_(False), NegativeCosineSimilarity()
-
-    def loss_of(v1, v2):
-        t1, t2 = target(v1), target(v2)
-        return loss(prediction(online(v1)), t2) + loss(prediction(online(v2)), t1)
-
-    collate = lambda chosen: torch.utils.data.default_collate([transform(pictures[i]) for i in chosen])
+    target, distance = copy.deepcopy(online).requires_grad_(False), NegativeCosineSimilarity()
+    one_way = lambda view, other: distance(prediction(online(view)), target(other))
+    both_ways = lambda v1, v2: one_way(v1, v2) + one_way(v2, v1)
     parameters = [*online.parameters(), *prediction.parameters()]
-    return collate, loss_of, parameters, lambda: update_momentum(online, target, 0.996)
+    return collate, both_ways, parameters, lambda: update_momentum(online, target, 0.996)
 
 
 def byol_pytorch(args, images, encoder):
-    """The same by byol-pytorch's, which makes the views itself."""
+    """The same of byol-pytorch, which makes the views itself."""
     from byol_pytorch import BYOL
 
     learner = BYOL(encoder, args.size, hidden_layer="layer4", projection_size=128, projection_hidden_size=512,
@@ -161,10 +131,7 @@ def byol_pytorch(args, images, encoder):
     return collate, learner, learner.parameters(), learner.update_moving_average
 
 
-THERE = {}
-
-
-def peer(name, workers, args, images):
+def peer_step(name, workers, args, images):
     """A function that trains one step by the module `name`, with so many loader workers."""
     encoder = resnet18("bn", args.width, args.stem).to(args.device)
     collate, loss_of, parameters, after = globals()[name](args, images.cpu(), encoder)
@@ -173,7 +140,7 @@ def peer(name, workers, args, images):
                                          num_workers=workers, collate_fn=collate)
     batches = (batch for epoch in iter(int, 1) for batch in loader)
 
-    def step(i):
+    def step():
         loss = loss_of(*(view.to(args.device) for view in next(batches)))
         optimizer.zero_grad()
         loss.backward()
@@ -184,41 +151,48 @@ def peer(name, workers, args, images):
 
 
 def prepare(name, workers, flags):
-    """In a process of its own: the work that `timed_there` times."""
-    args, images, networks = ready(flags)
-    work = peer(name, workers, args, images) if name in PEERS else parts(args, images, *networks)[name]
-    THERE.update(work=work, device=args.device)
+    """In a process of its own: makes what `there` times."""
+    global own
+    args, images, works = ready(flags)
+    own = timer(peer_step(name, workers, args, images) if name in PEERS else works[name], args.device)
 
 
-def timed_there(n):
-    return timed(**THERE, n=n)
+def there(n):
+    return own(n)
 
 
-def compare(flags):
-    there = [name for name in PEERS if importlib.util.find_spec(name)]
-    for name in PEERS.keys() - there:
-        print(f"left out, not installed: pip install '{PEERS[name][0]}'")
-    works = {}
-    peers = [(name, workers) for name in there for workers in (0, 2)]
-    for name, workers in [("step", 0), ("floor", 0), *peers]:
+def beside_peers(flags):
+    """{name: the same as `timer`} of step, floor and the peers that are installed."""
+    installed = [name for name in PEERS if importlib.util.find_spec(name)]
+    for name, (package, lacks) in PEERS.items():
+        print(f"{name} leaves out: {lacks}" if name in installed else f"left out: pip install '{package}'")
+    timers = {}
+    for name, workers in [("step", 0), ("floor", 0), *itertools.product(installed, (0, 2))]:
         fork = multiprocessing.get_context("fork")
         process = ProcessPoolExecutor(1, fork, prepare, (name, workers, flags))
-        label = f"{name}, {workers} workers" if name in there else name
-        works[label] = lambda n, process=process: process.submit(timed_there, n).result()
-    table = turn_about(works, turns=3)
-    batch = byol.parse_arguments(flags).batch_size
-    print(f"{'samples per second':32}{'median':>10}{'least':>10}{'most':>10}")
-    figures = {name: show(name, [1000 * batch / ms for ms in table[name]]) for name in works}
-    for name in list(works)[1:]:
-        pairs = [theirs / ours for ours, theirs in zip(table["step"], table[name])]
-        figures[f"ratio {name}"] = show(f"byol.py over {name}", pairs, 2)
-    for name in there:
-        print(f"{name} leaves out: {PEERS[name][1]}")
-    print(json.dumps(figures))
+        label = f"{name}, {workers} workers" if name in PEERS else name
+        timers[label] = lambda n, process=process: process.submit(there, n).result()
+    return timers
+
+
+def main(flags):
+    if "--peers" in flags:
+        flags = [flag for flag in flags if flag != "--peers"]
+        table = turn_about(beside_peers(flags))
+        print(json.dumps(show(table, byol.parse_arguments(flags).batch_size)))
+        return
+    args, _, works = ready(flags)
+    timers = {name: timer(work, args.device) for name, work in works.items()}
+    figures = show(turn_about(timers), args.batch_size)
+    for name in ("step", "images and views", "optimizer"):
+        with Count() as count:
+            works[name]()
+        figures[f"operations of {name}"] = count.n
+        print(f"operations of {name}: {count.n}")
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024        # on macOS in KiB, not MiB
+    figures["peak MiB"] = resident if args.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+    print(f"peak memory: {figures['peak MiB']:.0f} MiB\n{json.dumps(figures)}")
 
 
 if __name__ == "__main__":
-    if "--peers" in sys.argv:
-        compare([flag for flag in sys.argv[1:] if flag != "--peers"])
-    else:
-        profile(sys.argv[1:])
+    main(sys.argv[1:])
