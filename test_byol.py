@@ -1306,75 +1306,32 @@ DISTANCES = {  # at steps 1 to 100
     "down-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
     "back-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 20 + [0.1] * 20,
 }
-# What bears a claim out (+), and what contradicts it (-). A run: its name, DISTANCES, accuracy (random
-# features: 20), and `flat` where neither the loss nor anything in the layers changes.
+# Of each claim's runs, in the order of report.CLAIMS: DISTANCES, accuracy (random features: 20), and `flat`
+# where neither the loss nor anything in the layers changes. The first bears the claim out, the others do not.
 EVIDENCE = """
-C1  + bn-none-sgd-long back 40
-C1  - bn-none-sgd-long down 40
-C1  - bn-none-sgd-long back 21
-C1  - bn-none-sgd-long back 40 flat
-C2  + bn-none-lars healthy 40, bn-none-sgd back 30
-C2  - bn-none-lars healthy 30, bn-none-sgd back 40
-C2  - bn-none-lars back 40, bn-none-sgd back 30
-C3  + bn-bn-sgd healthy 40, bn-none-sgd back 30
-C3  - bn-bn-sgd back 40, bn-none-sgd back 30
-C3  - bn-bn-sgd healthy 40, bn-none-sgd back 41
-C4  + gn-none-sgd down 20
-C4  - gn-none-sgd down-late 20
-C4  - gn-none-sgd back 20
-C4  - gn-none-sgd healthy 20
-C5  + gn-bn-sgd healthy 40
-C5  - gn-bn-sgd back 40
-C5  - gn-bn-sgd healthy 21
-C6  + gn-none-lars-0.2 back 30, gn-bn-sgd healthy 40
-C6  - gn-none-lars-0.2 down 30, gn-bn-sgd healthy 40
-C6  - gn-none-lars-0.2 back 50, gn-bn-sgd healthy 40
-C6  - gn-none-lars-0.2 healthy 30, gn-bn-sgd healthy 40
-C7  + gn-none-lars-0.1 down 20
-C7  - gn-none-lars-0.1 healthy 30
-C7  - gn-none-lars-0.1 back 20
-D1  + gn-none-sgd-wd1e-5 back 30
-D1  - gn-none-sgd-wd1e-5 down 30
-D1  - gn-none-sgd-wd1e-5 back 30 flat
-D1  - gn-none-sgd-wd1e-5 healthy 30
-D2  + gn-none-sgd-wd1e-4 down-again 30
-D2  - gn-none-sgd-wd1e-4 down 30
-D3  + gn-none-sgd-wd1e-6 down 20, gn-none-sgd-wd1e-3 down 20
-D3  - gn-none-sgd-wd1e-6 back 20, gn-none-sgd-wd1e-3 down 20
-D4  + gn-none-sgd-wd1e-5 back 30
-D4  - gn-none-sgd-wd1e-5 back 30 flat
-D4  - gn-none-sgd-wd1e-5 down 30
-D5  + gnws-none-sgd back-again 30
-D5  - gnws-none-sgd back 30
-D5  - gnws-none-sgd down-again 30
-D6  + gn-none-lars-early back 30
-D6  - gn-none-lars-early back 30 flat
-D6  - gn-none-lars-early healthy 30
-D7  + gn-none-lars-early back-far 30, gn-none-lars-0.2 healthy 30, gn-none-lars-mlps down-again 30
-D7  - gn-none-lars-early back 30, gn-none-lars-0.2 back-far 30, gn-none-lars-mlps down-again 30
-D7  - gn-none-lars-early healthy 30, gn-none-lars-0.2 healthy 30, gn-none-lars-mlps healthy 30
-D8  + gn-none-sgd-early down 20
-D8  - gn-none-sgd-early down-again 20
-D9  + gn-none-lars-mlps down-again 20
-D9  - gn-none-lars-mlps down 20
-D9  - gn-none-lars-mlps back 20
-D10 + gn-none-lars-0.5 back 30, gn-none-lars-0.1 down-late 20
-D10 - gn-none-lars-0.5 back 30, gn-none-lars-0.1 back 20
-D10 - gn-none-lars-0.5 down-again 30, gn-none-lars-0.1 down 20
-B1  + bn-none-sgd-short down 20
-B1  - bn-none-sgd-short down 30
-B2  + bn-ln-sgd-short down 20
-B2  - bn-ln-sgd-short down 30
-B3  + bn-none-moco healthy 30
-B3  - bn-none-moco down 30
-B3  - bn-none-moco healthy 20
-B4  + bn-bn.none-sgd healthy 30, bn-none.bn-sgd healthy 30
-B4  - bn-bn.none-sgd healthy 30, bn-none.bn-sgd down 30
-B5  + gn-none-sgd down 30
-B5  - gn-none-sgd healthy 30
-X1  + gnws-none-lars healthy 31, bn-bn-sgd healthy 40
-X1  - gnws-none-lars healthy 29, bn-bn-sgd healthy 40
-X1  - gnws-none-lars down 31, bn-bn-sgd healthy 40
+C1  back 40 | down 40 | back 21 | back 40 flat
+C2  healthy 40, back 30 | healthy 30, back 40 | back 40, back 30
+C3  healthy 40, back 30 | back 40, back 30 | healthy 40, back 41
+C4  down 20 | down-late 20 | back 20 | healthy 20
+C5  healthy 40 | back 40 | healthy 21
+C6  back 30, healthy 40 | down 30, healthy 40 | back 50, healthy 40 | healthy 30, healthy 40
+C7  down 20 | healthy 30 | back 20
+D1  back 30 | down 30 | back 30 flat | healthy 30
+D2  down-again 30 | down 30
+D3  down 20, down 20 | back 20, down 20
+D4  back 30 | back 30 flat | down 30
+D5  back-again 30 | back 30 | down-again 30
+D6  back 30 | back 30 flat | healthy 30
+D7  back-far 30, healthy 30, down 30 | back 30, back-far 30, down 30 | healthy 30, healthy 30, healthy 30
+D8  down 20 | down-again 20
+D9  down-again 20 | down 20 | back 20
+D10 back 30, down-late 20 | back 30, back 20 | down-again 30, down 20
+B1  down 20 | down 30
+B2  down 20 | down 30
+B3  healthy 30 | down 30 | healthy 20
+B4  healthy 30, healthy 30 | healthy 30, down 30
+B5  down 30 | healthy 30
+X1  healthy 31, healthy 40 | healthy 29, healthy 40 | down 31, healthy 40
 """
 
 
@@ -1403,23 +1360,22 @@ def write_run(folder, ending, run):
 
 @pytest.mark.parametrize("claim", list(report.CLAIMS))
 def test_verdicts_can_fail_and_flip(claim, tmp_path):
-    rows = [row.split(maxsplit=2) for row in EVIDENCE.strip().splitlines()]
-    holds = next(runs for name, sign, runs in rows if (name, sign) == (claim, "+"))
-    fails = [runs for name, sign, runs in rows if (name, sign) == (claim, "-")]
+    rows = dict(row.split(maxsplit=1) for row in EVIDENCE.strip().splitlines())
+    holds, *fails = rows[claim].split(" | ")
 
     def cells(folder, *seeds, switch=""):
         for seed, runs in enumerate(seeds):
-            for run in runs.split(", "):
-                name, values = run.split(maxsplit=1)
+            for name, values in zip(report.CLAIMS[claim][1:], runs.split(", "), strict=True):
                 write_run(tmp_path / folder, f"-paper-s{seed}", f"{name}{switch} {values}")
         return report.verdict_cells(report.sweep(report.load(tmp_path / folder)[0]), claim)[:3]
 
-    assert cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
+    assert fails and cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
     for i, runs in enumerate(fails):
         assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
     outcome = "holds in the paper's form" if claim == "D2" else "no; tried: nothing"
     assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
-    assert cells("fails0", holds, switch="@half-the-rate")[2] == "no; with half the rate in the paper's form: yes (1 of 1)"
+    flips = "no; with half the rate in the paper's form: yes (1 of 1)"
+    assert cells("fails0", holds, switch="@half-the-rate")[2] == flips
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
