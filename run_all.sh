@@ -43,6 +43,9 @@ D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none --lr 0.2
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
+C6          gn-bn-sgd@four-times-the-steps-code 24000 --enc-norm gn --mlp-norm bn --lr 0.8
+C6          gn-none-lars-0.2@four-times-the-steps-code 24000 $GN $LARS --lr 0.2
+C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
 D5          gnws-none-sgd@warm-up-of-150-code 24000 --enc-norm gn+ws --mlp-norm none --lr 0.2 --warmup 0.00625
@@ -63,6 +66,7 @@ D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn --pr
 D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
 full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5
 full gnws-none-sgd@the-original-length 131200 --enc-norm gn+ws --mlp-norm none --lr 0.2
+why            no-decay-code           24000   $GN --lr 0.2 --weight-decay 0 --warmup 0.0125
 why            harm-lengths-paper       6000    results/harm.py lengths $GN --lr 0.2 --batch-size 32
 why            harm-units-paper         6000    results/harm.py units $GN --lr 0.2 --batch-size 32
 why            harm-both-paper          6000    results/harm.py both $GN --lr 0.2 --batch-size 32
