@@ -283,21 +283,23 @@ def spread(values, form=".1f"):
 
 
 def verdict_cells(study, claim):
-    """In how many seeds the claim holds in each form; whether it does, or what flips it; the accuracy of each
-    form; that of random features."""
+    """In how many seeds the claim holds in each form; whether it does, or the switch of most seeds that flips
+    it; the accuracy of each form; that of random features."""
     answers = {form: verdict(study, claim, form) for form in FORMS}
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
     tries = tried(study, claim)
     forms = [f"the {form}'s" for form, answer in answers.items() if holds(claim, answer)]
     counts = {switch: f"({sum(a)} of {len(a)})" for switch, a in tries.items()}
-    flips = [f"with {switch}: yes {counts[switch]}" for switch, a in tries.items() if holds(claim, a)]
-    failed = [f"{switch} {count}" for switch, count in counts.items()] or ["nothing"]
+    flips = [switch for switch, answer in tries.items() if holds(claim, answer)]
     if not any(answers.values()):
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
+    elif flips:
+        best = max(flips, key=lambda switch: len(tries[switch]))
+        outcome = f"no; with {best}: yes {counts[best]}"
     else:
-        outcome = "no; " + (", ".join(flips) or "tried: " + ", ".join(failed))
+        outcome = "no; tried: " + (", ".join(map(" ".join, counts.items())) or "nothing")
     main = CLAIMS[claim][1]
     shown = {form: [run for key, run in study.items() if key[:3] == (main, None, form)] for form in FORMS}
     accuracies = [spread([run.accuracy for run in runs]) for runs in shown.values() if runs]
