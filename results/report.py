@@ -346,8 +346,9 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
     "strongest": ("variance along the\nstrongest direction", "growth", "strongest"),
     "accuracy": ("accuracy in %\n(step 0: random features)",),
     "share": ("share common to both views",),
+    "largest": ("largest weight of the\nprediction over its rms", "layers", "prediction", "max_over_rms"),
 }
-LINEAR = ("accuracy", "live", "share", "slope")
+LINEAR = ("accuracy", "live", "share", "slope", "largest")
 
 
 def new_axes(rows, columns):
@@ -463,7 +464,7 @@ def look(folder):
 
 
 # ------------------------------------------------------------------------ the study's page
-FACTS = {  # what {{NAME FACT}} in notes.md stands for, of all runs NAME-sSEED: value, format
+FACTS = {  # what {{NAME FACT}} in notes.md stands for, but for `down`: a run's value, and its format
     "accuracy": (lambda run: run.accuracy, ".1f"),
     "random": (lambda run: run.random, ".1f"),
     "distance": (lambda run: run.lines[-1]["rep_dist"], ".2g"),
@@ -475,17 +476,21 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for, of all runs NAME-sSEED: 
 
 
 def seeds(runs, name):
-    return [run for other, run in runs.items() if re.fullmatch(re.escape(name) + r"-s\d+", other)]
+    """All runs NAME-sSEED of a name, or the one if it is that of a run."""
+    return [run for other, run in runs.items() if re.fullmatch(re.escape(name) + r"(-s\d+)?", other)]
 
 
 def fact(runs, name, key):
+    chosen = seeds(runs, name)
+    if key == "down":
+        return f"{sum(run.down for run in chosen)} of {len(chosen)}"
     value, form = FACTS[key]
-    values = [value(run) for run in seeds(runs, name)]
+    values = [value(run) for run in chosen]
     return spread(values, form).replace("inf", "never") if values else "(not run)"
 
 
 def figure(runs, name, title, panels, *legend):
-    """Draw it; returns its Markdown. A line of the legend is `label: NAME`, of all runs NAME-sSEED."""
+    """Draw it; returns its Markdown. A line of the legend is `label: NAME`."""
     path = HERE / f"figures/{name}.png"
     if name == "maps":
         draw_maps(path, runs, {line.split(": ")[0]: line.split(": ")[1].split() for line in legend})
