@@ -45,6 +45,8 @@ D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none 
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
 C6          gn-bn-sgd@four-times-the-steps-code 24000 --enc-norm gn --mlp-norm bn --lr 0.8
 C6          gn-none-lars-0.2@four-times-the-steps-code 24000 $GN $LARS --lr 0.2
+C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm bn --lr 0.8
+C6          gn-none-lars-0.2@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
 C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
