@@ -469,8 +469,8 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for, but for `down`: a run's 
     "random": (lambda run: run.random, ".1f"),
     "distance": (lambda run: run.lines[-1]["rep_dist"], ".2g"),
     "lowest": (lambda run: run.lowest["rep_dist"], ".2g"),
-    "fell": (lambda run: run.falls[0] if run.falls else math.inf, ",.0f"),
-    "back": (lambda run: math.inf if run.down or not run.falls else run.returns[-1], ",.0f"),
+    "fell": (lambda run: run.falls[0] if run.falls else None, ",.0f"),
+    "back": (lambda run: math.inf if run.down else run.returns[-1] if run.falls else None, ",.0f"),
     "apart": (separates_at, ",.0f"),
 }
 
@@ -485,7 +485,7 @@ def fact(runs, name, key):
     if key == "down":
         return f"{sum(run.down for run in chosen)} of {len(chosen)}"
     value, form = FACTS[key]
-    values = [value(run) for run in chosen]
+    values = [value(run) for run in chosen if value(run) is not None]       # of those that fell
     return spread(values, form).replace("inf", "never") if values else "(not run)"
 
 
