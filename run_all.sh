@@ -16,7 +16,9 @@
 # NAME-paper, the BYOL paper's (LARS on weights, a linear warm-up over a tenth of the run); if its name ends
 # in -code or -paper, that one alone. NAME@SWITCH is NAME with one thing changed.
 
-GN="--enc-norm gn --mlp-norm none" LARS="--opt lars" CONVS="conv|downsample.0" MLPS="(projection|prediction)"
+GN="--enc-norm gn --mlp-norm none" WS="--enc-norm gn+ws --mlp-norm none" LARS="--opt lars"
+CONVS="conv|downsample.0" MLPS="(projection|prediction)" EARLY="encoder.layer[12]"
+ON_MLPS="$LARS --lr 0.2 --lars-layers '$MLPS'"
 # claims       name                    steps   flags
 CONFIGURATIONS="
 C3,C5,B3,X1    bn-bn-sgd               6000    --enc-norm bn --mlp-norm bn --lr 0.8
@@ -27,10 +29,10 @@ C5,C6          gn-bn-sgd               6000    --enc-norm gn --mlp-norm bn --lr 
 C6,D7          gn-none-lars-0.2        6000    $GN $LARS --lr 0.2
 C7,D10         gn-none-lars-0.1        6000    $GN $LARS --lr 0.1
 D10            gn-none-lars-0.5        6000    $GN $LARS --lr 0.5
-D6,D7          gn-none-lars-early      6000    $GN $LARS --lr 0.2 --lars-layers 'encoder.layer[12]'
-D8             gn-none-sgd-early       6000    $GN --lr 0.2 --lr-mult 'encoder.layer[12]=10'
+D6,D7          gn-none-lars-early      6000    $GN $LARS --lr 0.2 --lars-layers '$EARLY'
+D8             gn-none-sgd-early       6000    $GN --lr 0.2 --lr-mult '$EARLY=10'
 D7,D9          gn-none-lars-mlps       6000    $GN $LARS --lr 0.2 --lars-layers 'projection|prediction'
-X1             gnws-none-lars          6000    --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
+X1             gnws-none-lars          6000    $WS $LARS --lr 0.2
 B1             bn-none-sgd-short       2000    --enc-norm bn --mlp-norm none --lr 0.8
 B2             bn-ln-sgd-short         2000    --enc-norm bn --mlp-norm ln --lr 0.8
 B3             bn-none-moco            6000    --enc-norm bn --mlp-norm none --loss moco --lr 0.02
@@ -41,33 +43,33 @@ D1,D4          gn-none-sgd-wd1e-5      24000   $GN --lr 0.2 --weight-decay 1e-5
 D2             gn-none-sgd-wd1e-4      24000   $GN --lr 0.2 --weight-decay 1e-4
 D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
-D5             gnws-none-sgd           24000   --enc-norm gn+ws --mlp-norm none --lr 0.2
+D5             gnws-none-sgd           24000   $WS --lr 0.2
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
 C6          gn-bn-sgd@four-times-the-steps-code 24000 --enc-norm gn --mlp-norm bn --lr 0.8
 C6          gn-none-lars-0.2@four-times-the-steps-code 24000 $GN $LARS --lr 0.2
 C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm bn --lr 0.8
-C6          gn-none-lars-0.2@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2
+C6          gn-none-lars-0.2@weight-standardization-code 6000 $WS $LARS --lr 0.2
 C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
-D5          gnws-none-sgd@warm-up-of-150-code 24000 --enc-norm gn+ws --mlp-norm none --lr 0.2 --warmup 0.00625
-D5          gnws-none-sgd@warm-up-of-600-code 24000 --enc-norm gn+ws --mlp-norm none --lr 0.2 --warmup 0.025
-D5          gnws-none-sgd@twice-the-rate-paper 24000 --enc-norm gn+ws --mlp-norm none --lr 0.4
-D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers 'encoder.layer[12]'
+D5          gnws-none-sgd@warm-up-of-150-code 24000 $WS --lr 0.2 --warmup 0.00625
+D5          gnws-none-sgd@warm-up-of-600-code 24000 $WS --lr 0.2 --warmup 0.025
+D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
+D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
 D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@LARS-on-weights-code 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS.*weight'
 D9          gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@twice-the-rate-paper 6000 $GN $LARS --lr 0.4 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --warmup 0.025
-D9          gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --warmup 0.4
-D9          gn-none-lars-mlps@decay-0-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --weight-decay 0
-D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS' --batch-size 128
-D9          gn-none-lars-mlps@weight-standardization-paper 6000 --enc-norm gn+ws --mlp-norm none $LARS --lr 0.2 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn --proj-norm bn --pred-norm none $LARS --lr 0.2 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $LARS --lr 0.2 --lars-layers '$MLPS'
+D9          gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $ON_MLPS --warmup 0.025
+D9          gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $ON_MLPS --warmup 0.4
+D9          gn-none-lars-mlps@decay-0-paper 6000 $GN $ON_MLPS --weight-decay 0
+D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $ON_MLPS --batch-size 128
+D9          gn-none-lars-mlps@weight-standardization-paper 6000 $WS $ON_MLPS
+D9 gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn --proj-norm bn --pred-norm none $ON_MLPS
+D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $ON_MLPS
 full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5
-full gnws-none-sgd@the-original-length 131200 --enc-norm gn+ws --mlp-norm none --lr 0.2
+full gnws-none-sgd@the-original-length 131200 $WS --lr 0.2
 why            no-decay-code           24000   $GN --lr 0.2 --weight-decay 0 --warmup 0.0125
 why            harm-lengths-paper       6000    results/harm.py lengths $GN --lr 0.2 --batch-size 32
 why            harm-units-paper         6000    results/harm.py units $GN --lr 0.2 --batch-size 32
@@ -95,7 +97,7 @@ for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
     done
 done
 wide="4100 --width 64 --stem imagenet --size 96 --batch-size 256"
-CONFIGURATIONS+=$(sed -nE "s/^[^ ]*(C[3-7]|D7)[^ ]* +([^ @]+) +6000 +/wide wide-\2 $wide /p" <<<"$CONFIGURATIONS")
+CONFIGURATIONS+=$(sed -nE "s/^\S*(C[3-7]|D7)\S* +([^ @]+) +6000 +/wide wide-\2 $wide /p" <<<"$CONFIGURATIONS")
 
 set -uf                             # no globbing: [12] stands in flags
 usage() { echo "run_all.sh: $1" >&2; exit 2; }
