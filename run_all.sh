@@ -45,12 +45,11 @@ D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   $WS --lr 0.2
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
-C6          gn-bn-sgd@four-times-the-steps-code 24000 --enc-norm gn --mlp-norm bn --lr 0.8
-C6          gn-none-lars-0.2@four-times-the-steps-code 24000 $GN $LARS --lr 0.2
 C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm bn --lr 0.8
 C6          gn-none-lars-0.2@weight-standardization-code 6000 $WS $LARS --lr 0.2
 C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
+D1,D4       gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.025
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
 D5          gnws-none-sgd@warm-up-of-150-code 24000 $WS --lr 0.2 --warmup 0.00625
 D5          gnws-none-sgd@warm-up-of-600-code 24000 $WS --lr 0.2 --warmup 0.025
@@ -82,7 +81,7 @@ why            growth-sgd-paper        6000    results/growth.py $GN --lr 0.2 --
 why            growth-sgd-code         2000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-lars-code        2000    results/growth.py $GN $LARS --lr 0.2 --batch-size 32
 "
-for warmup in 150:0.00625 300:0.0125 450:0.01875 600:0.025; do
+for warmup in 150:0.00625 300:0.0125 450:0.01875; do
     switch="@warm-up-of-${warmup%:*}-code 24000" flag="--warmup ${warmup#*:}"
     CONFIGURATIONS+="C1 bn-none-sgd-long$switch --enc-norm bn --mlp-norm none --lr 0.8 $flag"$'\n'
     CONFIGURATIONS+="D1,D4 gn-none-sgd-wd1e-5$switch $GN --lr 0.2 --weight-decay 1e-5 $flag"$'\n'
