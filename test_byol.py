@@ -1376,6 +1376,8 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
     assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
     flips = "no; with half the rate in the paper's form: yes (1 of 1)"
     assert cells("fails0", holds, switch="@half-the-rate")[2] == flips
+    flips = "no; with twice the rate in the paper's form: yes (2 of 2)"         # tried in more seeds
+    assert cells("fails0", holds, holds, switch="@twice-the-rate")[2] == flips
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):

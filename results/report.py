@@ -464,7 +464,11 @@ def look(folder):
 
 
 # ------------------------------------------------------------------------ the study's page
-FACTS = {  # what {{NAME FACT}} in notes.md stands for, but for `down`: a run's value, and its format
+COUNTS = {  # what {{NAME COUNT}} in notes.md stands for: in how many of the runs
+    "down": lambda run: run.down,
+    "fallen": lambda run: bool(run.falls),
+}
+FACTS = {  # what {{NAME FACT}} stands for: a run's value, None if it has none, and its format
     "accuracy": (lambda run: run.accuracy, ".1f"),
     "random": (lambda run: run.random, ".1f"),
     "distance": (lambda run: run.lines[-1]["rep_dist"], ".2g"),
@@ -482,11 +486,13 @@ def seeds(runs, name):
 
 def fact(runs, name, key):
     chosen = seeds(runs, name)
-    if key == "down":
-        return f"{sum(run.down for run in chosen)} of {len(chosen)}"
+    if key in COUNTS:
+        return f"{sum(map(COUNTS[key], chosen))} of {len(chosen)}"
     value, form = FACTS[key]
-    values = [value(run) for run in chosen if value(run) is not None]       # of those that fell
-    return spread(values, form).replace("inf", "never") if values else "(not run)"
+    values = [value(run) for run in chosen if value(run) is not None]
+    if not values:
+        return "never" if chosen else "(not run)"
+    return spread(values, form).replace("inf", "never")
 
 
 def figure(runs, name, title, panels, *legend):
