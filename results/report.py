@@ -351,14 +351,14 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
 LINEAR = ("accuracy", "live", "share", "slope", "largest")
 
 
-def new_axes(rows, columns):
+def new_axes(rows, columns, labels=0):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    size = (10 if columns > 1 else 8, 3.4 * rows)
+    size = (10 if columns > 1 else 8, 3 * rows + 0.4 + 0.1 * labels)      # a legend in two columns
     return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
 
 
@@ -370,7 +370,7 @@ def save(figure, path):
 
 def draw(path, panels, groups):
     """A panel each, in which {label: [Run]} are lines, a colour for each label."""
-    figure, axes = new_axes(math.ceil(len(panels) / 2), min(len(panels), 2))
+    figure, axes = new_axes(math.ceil(len(panels) / 2), min(len(panels), 2), len(groups))
     styles = list(itertools.product((".-", ".--", ".:"), COLOURS))
     for panel, place in zip(panels, axes.flat):
         name, *keys = PANELS[panel]
