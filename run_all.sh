@@ -49,11 +49,11 @@ C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-no
 C6          gn-none-lars-0.2@weight-standardization-code 6000 $WS $LARS --lr 0.2
 C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
-D1,D4       gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.025
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
-D5          gnws-none-sgd@warm-up-of-150-code 24000 $WS --lr 0.2 --warmup 0.00625
-D5          gnws-none-sgd@warm-up-of-600-code 24000 $WS --lr 0.2 --warmup 0.025
+D5          gnws-none-sgd@half-the-rate-code 24000 $WS --lr 0.1
 D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
+D5          gnws-none-sgd@batch-128-code 24000 $WS --lr 0.2 --batch-size 128
+D5 gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws --proj-norm bn --pred-norm none --lr 0.2
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
 D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
@@ -81,10 +81,11 @@ why            growth-sgd-paper        6000    results/growth.py $GN --lr 0.2 --
 why            growth-sgd-code         2000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-lars-code        2000    results/growth.py $GN $LARS --lr 0.2 --batch-size 32
 "
-for warmup in 150:0.00625 300:0.0125 450:0.01875; do
+for warmup in 150:0.00625 300:0.0125 450:0.01875 600:0.025; do
     switch="@warm-up-of-${warmup%:*}-code 24000" flag="--warmup ${warmup#*:}"
     CONFIGURATIONS+="C1 bn-none-sgd-long$switch --enc-norm bn --mlp-norm none --lr 0.8 $flag"$'\n'
     CONFIGURATIONS+="D1,D4 gn-none-sgd-wd1e-5$switch $GN --lr 0.2 --weight-decay 1e-5 $flag"$'\n'
+    CONFIGURATIONS+="D5 gnws-none-sgd$switch $WS --lr 0.2 $flag"$'\n'
 done
 for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
     for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
