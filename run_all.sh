@@ -49,6 +49,9 @@ C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-no
 C6          gn-none-lars-0.2@weight-standardization-code 6000 $WS $LARS --lr 0.2
 C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
 C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
+D1,D4       gn-none-sgd-wd1e-5@half-the-rate-code 24000 $GN --lr 0.1 --weight-decay 1e-5
+D1,D4       gn-none-sgd-wd1e-5@twice-the-rate-paper 24000 $GN --lr 0.4 --weight-decay 1e-5
+D1,D4       gn-none-sgd-wd1e-5@weight-standardization-paper 24000 $WS --lr 0.2 --weight-decay 1e-5
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
 D5          gnws-none-sgd@half-the-rate-code 24000 $WS --lr 0.1
 D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
