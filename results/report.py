@@ -519,6 +519,9 @@ def page(text, runs):
         "first steps": count(no_norm, is_dead),
         "early sign": count([run for run in no_norm if run.falls], announced),
     }
+    outcomes = [verdict_cells(study, claim)[2] for claim in CLAIMS]
+    for name, begin in (("hold", "holds"), ("flip", "no; with"), ("do not", "no; tried")):
+        tables["claims that " + name] = str(sum(text.startswith(begin) for text in outcomes))
 
     def replaced(match):
         _, *lines = match[1].strip().split("\n")
