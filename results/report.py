@@ -257,7 +257,7 @@ def verdict(study, claim, form, switch=None):
 
 
 def tried(study, claim):
-    """{switch in words: what `verdict` says with it}; names the configuration, if it is not the first."""
+    """{(form, switch in words): what `verdict` says with it}; names the configuration, if not the first."""
     answers = {}
     switched = {key[:2] for key in study}
     for switch, form in sorted({key[1:3] for key in study if key[1]}):
@@ -266,7 +266,7 @@ def tried(study, claim):
             words = switch.replace("-", " ").replace("warm up", "warm-up")
             main, *_ = (name for name in CLAIMS[claim][1:] if (name, switch) in switched)
             words += "" if main == CLAIMS[claim][1] else f" for {main}"
-            answers[f"{words} in the {form}'s form"] = answer
+            answers[form, words] = answer
     return answers
 
 
@@ -289,17 +289,19 @@ def verdict_cells(study, claim):
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
     tries = tried(study, claim)
     forms = [f"the {form}'s" for form, answer in answers.items() if holds(claim, answer)]
-    counts = {switch: f"({sum(a)} of {len(a)})" for switch, a in tries.items()}
-    flips = [switch for switch, answer in tries.items() if holds(claim, answer)]
+    flips = [key for key, answer in tries.items() if holds(claim, answer)]
+    counts = {key: f" ({sum(a)} of {len(a)})" if any(a) else "" for key, a in tries.items()}
+    lists = {form: ", ".join(key[1] + counts[key] for key in tries if key[0] == form) for form in FORMS}
     if not any(answers.values()):
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
     elif flips:
-        best = max(flips, key=lambda switch: len(tries[switch]))
-        outcome = f"no; with {best}: yes {counts[best]}"
+        best = max(flips, key=lambda key: len(tries[key]))
+        outcome = f"no; with {best[1]} in the {best[0]}'s form: yes{counts[best]}"
     else:
-        outcome = "no; tried: " + (", ".join(map(" ".join, counts.items())) or "nothing")
+        notes = [f"{words} in the {form}'s form" for form, words in lists.items() if words]
+        outcome = "no; tried: " + ("; ".join(notes) or "nothing")
     main = CLAIMS[claim][1]
     shown = {form: [run for key, run in study.items() if key[:3] == (main, None, form)] for form in FORMS}
     accuracies = [spread([run.accuracy for run in runs]) for runs in shown.values() if runs]
