@@ -1414,6 +1414,10 @@ Maps
 -
 the map: map-b- code weight_decay
 }}
+{{figure claims
+Claims
+-
+}}
 {{first steps}}{{early sign}}{{runs}}{{machines}}
 """
 
@@ -1433,7 +1437,7 @@ def test_the_studys_page_is_written_alike_each_time(tmp_path, monkeypatch):
     assert "| C4 | collapses | not run | not run | not run |" in text
     assert text.count("| `python byol.py` |") == 6
     assert "| 0 | no | 0 | 3 | 3 |" in text
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps", "claims"}
 
 
 def test_run_all_runs_what_the_rules_need(tmp_path):

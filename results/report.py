@@ -256,23 +256,36 @@ def verdict(study, claim, form, switch=None):
     return answers
 
 
-def tried(study, claim):
-    """{(form, switch in words): what `verdict` says with it}; names the configuration, if not the first."""
-    answers = {}
-    switched = {key[:2] for key in study}
-    for switch, form in sorted({key[1:3] for key in study if key[1]}):
-        answer = verdict(study, claim, form, switch)
-        if answer:
-            words = switch.replace("-", " ").replace("warm up", "warm-up")
-            main, *_ = (name for name in CLAIMS[claim][1:] if (name, switch) in switched)
-            words += "" if main == CLAIMS[claim][1] else f" for {main}"
-            answers[form, words] = answer
-    return answers
-
-
 def holds(claim, answers):
     """In most seeds; D2 says `at times`, so there one is enough."""
     return sum(answers) > (0 if claim == "D2" else len(answers) / 2)
+
+
+def tried(study, claim):
+    """{(switch, form): what `verdict` says with it}."""
+    switches = sorted({key[1:3] for key in study if key[1]})
+    answers = {(switch, form): verdict(study, claim, form, switch) for switch, form in switches}
+    return {key: answer for key, answer in answers.items() if answer}
+
+
+def flip(study, claim):
+    """The (switch, form), that of most seeds, that makes a claim hold which does not as written; or None."""
+    if any(holds(claim, verdict(study, claim, form)) for form in FORMS):
+        return None
+    tries = tried(study, claim)
+    flips = [key for key, answer in tries.items() if holds(claim, answer)]
+    return max(flips, key=lambda key: len(tries[key]), default=None)
+
+
+def switched(study, claim, switch):
+    """The first configuration of the claim that was run with the switch."""
+    return next(name for name in CLAIMS[claim][1:] if any(key[:2] == (name, switch) for key in study))
+
+
+def in_words(study, claim, switch):
+    name = switched(study, claim, switch)
+    words = switch.replace("-", " ").replace("warm up", "warm-up")
+    return words if name == CLAIMS[claim][1] else f"{words} for {name}"
 
 
 def spread(values, form=".1f"):
@@ -283,25 +296,25 @@ def spread(values, form=".1f"):
 
 
 def verdict_cells(study, claim):
-    """In how many seeds the claim holds in each form; whether it does, or the switch of most seeds that flips
-    it; the accuracy of each form; that of random features."""
+    """In how many seeds the claim holds in each form; whether it does, or the switch that flips it, or what
+    was tried; the accuracy of each form; that of random features."""
     answers = {form: verdict(study, claim, form) for form in FORMS}
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
-    tries = tried(study, claim)
     forms = [f"the {form}'s" for form, answer in answers.items() if holds(claim, answer)]
-    flips = [key for key, answer in tries.items() if holds(claim, answer)]
-    counts = {key: f" ({sum(a)} of {len(a)})" if any(a) else "" for key, a in tries.items()}
-    lists = {form: ", ".join(key[1] + counts[key] for key in tries if key[0] == form) for form in FORMS}
+    tries, best = tried(study, claim), flip(study, claim)
+    seeds = {key: f" ({sum(a)} of {len(a)})" if any(a) else "" for key, a in tries.items()}
     if not any(answers.values()):
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
-    elif flips:
-        best = max(flips, key=lambda key: len(tries[key]))
-        outcome = f"no; with {best[1]} in the {best[0]}'s form: yes{counts[best]}"
+    elif best:
+        switch, form = best
+        outcome = f"no; with {in_words(study, claim, switch)} in the {form}'s form: yes{seeds[best]}"
     else:
-        notes = [f"{words} in the {form}'s form" for form, words in lists.items() if words]
-        outcome = "no; tried: " + ("; ".join(notes) or "nothing")
+        words = {key: in_words(study, claim, key[0]) + seeds[key] for key in tries}
+        lists = {form: ", ".join(words[key] for key in tries if key[1] == form) for form in FORMS}
+        notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
+        outcome = f"no; tried: {'; '.join(notes) or 'nothing'}"
     main = CLAIMS[claim][1]
     shown = {form: [run for key, run in study.items() if key[:3] == (main, None, form)] for form in FORMS}
     accuracies = [spread([run.accuracy for run in runs]) for runs in shown.values() if runs]
@@ -353,15 +366,15 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
 LINEAR = ("accuracy", "live", "share", "slope", "largest")
 
 
-def new_axes(rows, columns, labels=0):
+def new_axes(rows, columns, height, **shared):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    size = (10 if columns > 1 else 8, 3 * rows + 0.4 + 0.1 * labels)      # a legend in two columns
-    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    size = (10 if columns > 1 else 8, height)
+    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **shared)
 
 
 def save(figure, path):
@@ -372,7 +385,8 @@ def save(figure, path):
 
 def draw(path, panels, groups):
     """A panel each, in which {label: [Run]} are lines, a colour for each label."""
-    figure, axes = new_axes(math.ceil(len(panels) / 2), min(len(panels), 2), len(groups))
+    rows = math.ceil(len(panels) / 2)
+    figure, axes = new_axes(rows, min(len(panels), 2), 3 * rows + 0.4 + 0.1 * len(groups))
     styles = list(itertools.product((".-", ".--", ".:"), COLOURS))
     for panel, place in zip(panels, axes.flat):
         name, *keys = PANELS[panel]
@@ -394,10 +408,33 @@ def draw(path, panels, groups):
     save(figure, path)
 
 
+def draw_claims(path, study):
+    """The distance in each claim's runs, a panel each: the first configuration of CLAIMS in both forms, and
+    what was run with the switch that flips the claim."""
+    figure, axes = new_axes(6, 4, 9, sharex=True, sharey=True)
+    for place, claim in itertools.zip_longest(axes.flat, CLAIMS):
+        if claim is None:
+            place.axis("off")
+            continue
+        main, best = CLAIMS[claim][1], flip(study, claim)
+        shown = {"code's form": (main, None, "code"), "paper's form": (main, None, "paper")}
+        if best:
+            shown["with the switch that flips it"] = (switched(study, claim, best[0]), *best)
+        for (label, wanted), colour in zip(shown.items(), COLOURS):
+            for run in (run for key, run in study.items() if key[:3] == wanted):
+                place.plot(*zip(*run.column("rep_dist").items()), color=colour, lw=1, label=label)
+        place.set(title=claim, xscale="log", yscale="log", ylim=(1e-10, 2))
+    lines = {label: line for place in axes.flat for line, label in zip(*place.get_legend_handles_labels())}
+    axes.flat[-1].legend(lines.values(), lines.keys(), loc="center", frameon=False)
+    figure.supxlabel("step")
+    figure.supylabel("representation distance")
+    save(figure, path)
+
+
 def draw_maps(path, runs, maps):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words, for each of `maps`,
     {title: (beginning of the runs' names, form, flag)}."""
-    figure, axes = new_axes(2, 2)
+    figure, axes = new_axes(2, 2, 6.4)
     for place, (title, (beginning, form, flag)) in zip(axes.flat, maps.items()):
         cells = {}
         for name, run in runs.items():
@@ -500,7 +537,9 @@ def fact(runs, name, key):
 def figure(runs, name, title, panels, *legend):
     """Draw it; returns its Markdown. A line of the legend is `label: NAME`."""
     path = HERE / f"figures/{name}.png"
-    if name == "maps":
+    if name == "claims":
+        draw_claims(path, sweep(runs))
+    elif name == "maps":
         draw_maps(path, runs, {line.split(": ")[0]: line.split(": ")[1].split() for line in legend})
     else:
         groups = {label: seeds(runs, wanted) for label, wanted in (line.split(": ") for line in legend)}
