@@ -83,7 +83,7 @@ def within(kind, low, high=10**9):
 
 def regex_factor(text):
     regex, factor = text.rsplit("=", 1)
-    return regex, within(float, 0)(factor)
+    return [regex, within(float, 0)(factor)]
 
 
 def parse_arguments(argv):
@@ -91,56 +91,53 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser("byol.py", description=__doc__, formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: stop(2, message)
     norms = ["bn", "ln", "gn", "none"]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
-    def add(flag, default, kind, text):
-        how = dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
-        if kind is bool:
-            how = dict(action="store_true")
+    def add(flag, default, text, **how):
         group.add_argument(flag, default=default, help=text, **how)
 
     group = parser.add_argument_group("model")
-    add("--enc-norm", "bn", ["bn", "gn", "gn+ws", "none"], "norm of the encoder")
-    add("--mlp-norm", "bn", norms, "norm of projection and prediction")
-    add("--proj-norm", None, norms, "norm of the projection, instead of --mlp-norm")
-    add("--pred-norm", None, norms, "norm of the prediction, instead of --mlp-norm")
-    add("--width", 8, within(int, 1, 512), "channels of layer1; y has 8 times as many")
-    add("--stem", "cifar", ["imagenet", "cifar"], "7x7 stride 2 and max-pool, or 3x3")
+    add("--enc-norm", "bn", "norm of the encoder", choices=["bn", "gn", "gn+ws", "none"])
+    add("--mlp-norm", "bn", "norm of projection and prediction", choices=norms)
+    add("--proj-norm", None, "norm of the projection, instead of --mlp-norm", choices=norms)
+    add("--pred-norm", None, "norm of the prediction, instead of --mlp-norm", choices=norms)
+    add("--width", 8, "channels of layer1; y has 8 times as many", type=within(int, 1, 512))
+    add("--stem", "cifar", "7x7 stride 2 and max-pool, or 3x3", choices=["imagenet", "cifar"])
     group = parser.add_argument_group("loss")
-    add("--loss", "byol", ["byol", "moco", "simclr"], "what pulls the views together")
-    add("--ema", 0.996, within(float, 0, 1), "target's share that stays at each step, on a cosine to 1")
+    add("--loss", "byol", "what pulls the views together", choices=["byol", "moco", "simclr"])
+    add("--ema", 0.996, "target's share that stays at each step, on a cosine to 1", type=within(float, 0, 1))
     group = parser.add_argument_group("optimizer")
-    add("--opt", "sgd", list(DECAY), "both with momentum 0.9")
-    add("--lars-on", "weights", ["weights", "all"], "all: biases and norms get LARS and decay too")
-    add("--lars-layers", None, str, "regular expression: only these layers get LARS, the rest SGD")
-    add("--lr", 0.2, within(float, 1e-9), "rate, not scaled by the batch, on a cosine to 0")
-    group.add_argument("--lr-mult", default=[], metavar="REGEX=FACTOR", type=regex_factor, action="append",
-                       help="multiply the rate of these layers; may be repeated")
-    add("--weight-decay", None, within(float, 0), f"unless given, {DECAY}")
-    add("--warmup", 0.0, within(float, 0, 1), "share of the run with linear warm-up")
+    add("--opt", "sgd", "both with momentum 0.9", choices=list(DECAY))
+    add("--lars-on", "weights", "all: biases and norms get LARS and decay too", choices=["weights", "all"])
+    add("--lars-layers", None, "regular expression: only these layers get LARS, the rest SGD")
+    add("--lr", 0.2, "rate, not scaled by the batch, on a cosine to 0", type=within(float, 1e-9))
+    add("--lr-mult", [], "multiply the rate of these layers; may be repeated", type=regex_factor,
+        action="append", metavar="REGEX=FACTOR")
+    add("--weight-decay", None, f"unless given, {DECAY}", type=within(float, 0))
+    add("--warmup", 0.0, "share of the run with linear warm-up", type=within(float, 0, 1))
     group = parser.add_argument_group("run")
-    add("--steps", 1500, within(int, 0), "length of the run; 0: random features")
-    add("--epochs", None, within(int, 0), "the length in passes over the images, instead of --steps")
-    add("--batch-size", 64, within(int, 2), "images per step, of all processes")
-    add("--seed", 0, within(int, 0, 2**63 - 1), "of weights, order and views")
-    add("--device", "cpu", str, "cpu, cuda or cuda:N")
-    add("--threads", torch.get_num_threads(), within(int, 1, 1024), "1 where runs share a machine")
-    add("--sync-bn", False, bool, "with torchrun on GPUs: BN statistics over all processes")
-    add("--amp", False, bool, "networks in bfloat16; loss and metrics stay in fp32")
-    add("--compile", False, bool, "torch.compile networks and views")
-    add("--log-every", 25, within(int, 1), "steps between lines of metrics; powers of two too")
-    add("--eval-every", 0, within(int, 0), "steps between evaluations; 0: before and after")
-    add("--checkpoint-every", 200, within(int, 1), "steps between checkpoints")
-    add("--out", None, str, "folder of the run; else runs/ and the flags that differ from the defaults")
+    add("--steps", 1500, "length of the run; 0: random features", type=within(int, 0))
+    add("--epochs", None, "the length in passes over the images, instead of --steps", type=within(int, 0))
+    add("--batch-size", 64, "images per step, of all processes", type=within(int, 2))
+    add("--seed", 0, "of weights, order and views", type=within(int, 0, 2**63 - 1))
+    add("--device", "cpu", "where to compute", choices=["cpu", *["cuda"] * bool(gpus), *gpus])
+    add("--threads", torch.get_num_threads(), "1 where runs share a machine", type=within(int, 1, 1024))
+    add("--sync-bn", False, "with torchrun on GPUs: BN statistics over all processes", action="store_true")
+    add("--amp", False, "networks in bfloat16; loss and metrics stay in fp32", action="store_true")
+    add("--compile", False, "torch.compile networks and views", action="store_true")
+    add("--log-every", 25, "steps between lines of metrics; powers of two too", type=within(int, 1))
+    add("--eval-every", 0, "steps between evaluations; 0: before and after", type=within(int, 0))
+    add("--checkpoint-every", 200, "steps between checkpoints", type=within(int, 1))
+    add("--out", None, "folder of the run; else runs/ and the flags that differ from the defaults")
     group = parser.add_argument_group("images")
-    add("--data", "shapes", str, "shapes, cifar10, stl10, fashion-mnist or folder:DIR")
-    add("--data-dir", "data", str, "where data sets lie and images are decoded to")
-    add("--download", False, bool, "download the data set if it is not there")
-    add("--size", 16, within(int, 8, 4096), "side of the views in pixels")
+    add("--data", "shapes", "shapes, cifar10, stl10, fashion-mnist or folder:DIR")
+    add("--data-dir", "data", "where data sets lie and images are decoded to")
+    add("--download", False, "download the data set if it is not there", action="store_true")
+    add("--size", 16, "side of the views in pixels", type=within(int, 8, 4096))
     args = parser.parse_args(argv)
-
+    parser.set_defaults(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
+    args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     for wrong, why in (
         ("steps" in changed and "epochs" in changed, "--steps and --epochs exclude each other"),
         ("lars_layers" in changed and args.opt != "lars", "--lars-layers needs --opt lars"),
@@ -149,17 +146,14 @@ def parse_arguments(argv):
         (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two overfill moco's {QUEUE}"),
         (WORLD > 1 and "MASTER_ADDR" not in os.environ, "WORLD_SIZE is set, but not by torchrun"),
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
-        (args.device not in devices, f"--device {args.device}: not one of {', '.join(devices)}"),
         (WORLD > 1 and ":" in args.device, "--device: torchrun gives each process its GPU, so say cuda"),
         (args.sync_bn and (WORLD == 1 or args.device == "cpu"), "--sync-bn needs torchrun and --device cuda"),
     ):
         if wrong:
             stop(2, why)
-    follows = dict(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
-    telling = {name: value for name, value in changed.items() if value != follows.get(name)}
-    words = [f"{name}_{value}" for name, value in telling.items() if name not in PLACES]
-    follows["out"] = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
-    vars(args).update(follows | changed)
+    if args.out is None:
+        words = [f"{name}_{value}" for name, value in changed.items() if name not in PLACES]
+        args.out = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
     if WORLD > 1 and args.device == "cuda":
         args.device += ":" + os.environ["LOCAL_RANK"]
     return args
@@ -266,8 +260,6 @@ def load_images(args):
     they are where they are square and of one size, else resized and cropped to --size."""
     if args.data == "shapes":
         return Images(*draw_shapes(1000, seed=0), *draw_shapes(200, seed=1), args.data)
-    if RANK > 0:
-        dist.barrier()                          # process 0 downloads and decodes
     if args.data.startswith("folder:"):
         train, unlabeled, test, paths = open_folder(args.data[7:] or "no folder named")
     elif args.data in DATASETS:
@@ -283,8 +275,6 @@ def load_images(args):
     if not decoded.exists():
         decoded.parent.mkdir(parents=True, exist_ok=True)
         decode(dataset, side, decoded)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
     pixels = torch.from_numpy(np.load(decoded, mmap_mode="c"))
     pixels = pixels.split([len(dataset) - len(test), len(test)])
     labels = [split.labels if args.data == "stl10" else split.targets for split in (train, test)]
@@ -343,21 +333,16 @@ def resized_crop(images, start, extent, flip, size):
     return separable(images / 255, rows, columns)
 
 
-def adjust_hue(images, turns):
-    """Rotate the hue by `turns`, (N, 1, 1, 1), through HSV as torchvision's adjust_hue does."""
-    value, strongest = images.max(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
-    slope = (images.roll(-1, 1) - images.roll(1, 1)).gather(1, strongest) / chroma.clamp_min(1e-12)
-    offset = torch.arange(5, 0, -2, device=images.device)[:, None, None]    # of red, green, blue, in sixths
-    k = (2 * strongest + slope + offset + 6 * turns) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
 def adjust(images, name, factor):
     """One operation of ColorJitter with a factor for each image, (N,); images in [0, 1]."""
     factor = factor[:, None, None, None]
-    if name == "hue":
-        return adjust_hue(images, factor)
+    if name == "hue":                           # turned through HSV, as torchvision's adjust_hue does
+        value, strongest = images.max(1, keepdim=True)
+        chroma = value - images.amin(1, keepdim=True)
+        slope = (images.roll(-1, 1) - images.roll(1, 1)).gather(1, strongest) / chroma.clamp_min(1e-12)
+        offset = torch.arange(5, 0, -2, device=images.device)[:, None, None]    # red, green, blue, in sixths
+        k = (2 * strongest + slope + offset + 6 * factor) % 6
+        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
     if name == "brightness":
         return (images * factor).clamp(0, 1)
     other = TF.rgb_to_grayscale(images)
@@ -684,14 +669,14 @@ def open_run(out, config):
     path = Path(out, "config.json")
     try:
         os.makedirs(out, exist_ok=True)
-        foreign = [name for name in os.listdir(out) if not name.startswith("config.json")]
-        if foreign and not path.exists():
-            stop(2, f"--out {out}: neither empty nor a run's folder, it holds {foreign[0]}")
-        log = open(Path(out, "metrics.jsonl"), "a+b")
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not path.exists():
+            foreign = [name for name in os.listdir(out) if not name.startswith("config.json")]
+            if foreign:
+                stop(2, f"--out {out}: neither empty nor a run's folder, it holds {foreign[0]}")
             with written_whole(path) as file:
                 file.write(json.dumps(config, indent=1).encode())
+        log = open(Path(out, "metrics.jsonl"), "a+b")
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         before = dict(json.loads(path.read_text())["flags"])
     except BlockingIOError:
         stop(1, f"--out {out}: another process is at this run")
@@ -699,7 +684,7 @@ def open_run(out, config):
         stop(2, f"--out {out}: {error.strerror}")
     except (ValueError, LookupError, TypeError):
         stop(1, f"{path} is damaged; remove the folder to start again")
-    for name, value in json.loads(json.dumps(config))["flags"].items():
+    for name, value in config["flags"].items():
         if value != before.get(name):
             stop(2, f"--out {out}: its run has {name} {before.get(name)}, not {value}; give another --out")
     return log
@@ -816,18 +801,18 @@ def begin(argv):
         dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
     check_memory(args)
     networks = set_up(args)
+    if RANK > 0:
+        dist.barrier()                  # process 0 decodes the images and makes the folder before
     images = load_images(args)
-    n, side = len(images.train), images.train.shape[-1]
+    n = len(images.train)
     if args.batch_size > n:
         stop(2, f"--batch-size {args.batch_size}: the data has {n} images")
-    if args.size > 4 * side:
-        stop(2, f"--size {args.size}: more than four times the images' {side} pixels")
     if args.epochs is not None:
         args.steps = args.epochs * (n // args.batch_size)
     if args.device != "cpu" and images.train.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
         images = images._replace(train=images.train.to(args.device))
     log = open_run(args.out, describe(args, images.digest)) if RANK == 0 else None
-    if WORLD > 1:
+    if WORLD > 1 and RANK == 0:
         dist.barrier()
     return args, images, networks, log
 
@@ -888,11 +873,10 @@ def main(argv):
         logs = done == args.steps or done % args.log_every == 0 or done & step == 0     # at powers of two
         judges = done == args.steps or args.eval_every > 0 and done % args.eval_every == 0
         saves = done % args.checkpoint_every == 0
-        if logs or saves:               # nothing else in a step waits for the device
+        if logs:                        # on every process, as it gathers; no other step waits for the device
             loss = gather(loss[None]).mean().item()
             if not math.isfinite(loss):
                 stop(1, f"the loss is {loss} at step {done}: the run diverged; try a lower --lr")
-        if logs:                        # on every process, as it gathers
             metrics = measure(args, online, optimizer, *outputs)
             progress["state"] = collapse_state(progress["state"], metrics["rep_dist"])
         if logs and log:
