@@ -1345,7 +1345,7 @@ def write_run(folder, ending, run):
     out = folder / (name + ending)
     out.mkdir(parents=True)
     flags = dict(steps=100, seed=0, lr=0.2, weight_decay=1e-4, warmup=0.1)
-    flags |= dict(proj_norm="none", pred_norm="none", loss="byol", opt="lars")
+    flags |= dict(enc_norm="gn", proj_norm="none", pred_norm="none", loss="byol", opt="lars")
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command="python byol.py", cpu="C")))
     lines = [dict(step=0, accuracy=20, state="untrained")]
     for step, distance in enumerate(DISTANCES[distances], 1):
@@ -1422,6 +1422,10 @@ the map: map-b- code weight_decay
 Claims
 -
 }}
+{{figure scores
+Scores
+-
+}}
 {{first steps}}{{early sign}}{{runs}}{{machines}}
 """
 
@@ -1441,7 +1445,7 @@ def test_the_studys_page_is_written_alike_each_time(tmp_path, monkeypatch):
     assert "| C4 | collapses | not run | not run | not run |" in text
     assert text.count("| `python byol.py` |") == 6
     assert "| 0 to 2 | no | 0 | 3 | 3 |" in text
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps", "claims"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps", "claims", "scores"}
 
 
 def test_run_all_runs_what_the_rules_need(tmp_path):

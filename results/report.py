@@ -450,6 +450,21 @@ def draw_claims(path, study):
     save(figure, path)
 
 
+def draw_scores(path, runs):
+    """What each run's encoder scores over its own random features, against the run's last distance."""
+    figure, axes = new_axes(1, 1, 4)
+    place = axes[0][0]
+    norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN"}
+    for (norm, label), colour in zip(norms.items(), COLOURS):
+        chosen = [run for run in runs if run.flags["enc_norm"] == norm]
+        distances = [max(1e-16, run.lines[-1]["rep_dist"]) for run in chosen]
+        place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
+    place.axhline(0, color="0.8", zorder=0)
+    place.set(xscale="log", xlabel="last representation distance", ylabel="points over random features")
+    place.legend(title="norm of the encoder", frameon=False)
+    save(figure, path)
+
+
 def draw_maps(path, runs, maps):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words, for each of `maps`,
     {title: (beginning of the runs' names, form, flag)}."""
@@ -554,11 +569,20 @@ def fact(runs, name, key):
     return spread(values, form).replace("inf", "never")
 
 
+def without_mlp_norm(runs):
+    """The runs of byol.py that have it in no MLP, nor negatives, and that nothing harmed."""
+    flags = dict(proj_norm="none", pred_norm="none", loss="byol")
+    own = [run for run in runs.values() if run.command.startswith("python byol.py")]
+    return [run for run in own if flags.items() <= run.flags.items()]
+
+
 def figure(runs, name, title, panels, *legend):
     """Draw it; returns its Markdown. A line of the legend is `label: NAME`."""
     path = HERE / f"figures/{name}.png"
     if name == "claims":
         draw_claims(path, sweep(runs))
+    elif name == "scores":
+        draw_scores(path, without_mlp_norm(runs))
     elif name == "maps":
         draw_maps(path, runs, {line.split(": ")[0]: line.split(": ")[1].split() for line in legend})
     else:
@@ -570,9 +594,7 @@ def figure(runs, name, title, panels, *legend):
 def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
     study = sweep(runs)
-    flags = dict(proj_norm="none", pred_norm="none", loss="byol")
-    own = [run for run in runs.values() if run.command.startswith("python byol.py")]  # not harmed
-    no_norm = [run for run in own if flags.items() <= run.flags.items()]
+    no_norm = without_mlp_norm(runs)
     every = [[name, run.state, f"`{run.command}`"] for name, run in runs.items()]
     tables = {
         "runs": table(["run", "state", "command"], every),
