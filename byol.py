@@ -65,7 +65,7 @@ def gather(rows):
 # ------------------------------------------------------------------------ arguments
 DECAY = {"sgd": 1e-4, "lars": 1.5e-6}       # default weight decay: the blog's code, the BYOL paper
 QUEUE = 4096                                # target projections that moco keeps
-PLACES = ("out", "data_dir", "download")        # flags that may differ when a run is resumed
+PLACES = ("out", "data_dir", "download")    # flags that may differ when a run is resumed
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -902,8 +902,9 @@ def main(argv):
             progress.update(step=done, log_bytes=log.tell())
             states = {name: part.state_dict() for name, part in parts.items()}
             save({**states, "progress": progress}, f"{args.out}/checkpoint.pt")
-    for path in Path(args.out).glob("checkpoint.pt*") if log else ():
-        path.unlink()
+    if log:
+        for path in Path(args.out).glob("checkpoint.pt*"):
+            path.unlink()
     print(f"as a picture: python results/report.py {args.out}")
 
 
