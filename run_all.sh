@@ -55,8 +55,6 @@ D1,D4       gn-none-sgd-wd1e-5@weight-standardization-paper 24000 $WS --lr 0.2 -
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
 D5          gnws-none-sgd@half-the-rate-code 24000 $WS --lr 0.1
 D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
-D5          gnws-none-sgd@batch-128-code 24000 $WS --lr 0.2 --batch-size 128
-D5 gnws-none-sgd@warm-up-of-300-at-full-length-code 131200 $WS --lr 0.2 --warmup 0.0022865 --log-every 600
 D5 gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws --proj-norm bn --pred-norm none --lr 0.2
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
@@ -144,8 +142,7 @@ runs() {
                 case $name-$form in *-code-paper | *-paper-code) continue ;; esac
                 run=${name%-"$form"}-$form-s$seed
                 extra="--steps $steps --data ${DATA:-shapes} --seed $seed --threads 1"
-                [[ $flags == *--log-every* ]] || extra+=" --log-every $((steps < 40 ? 1 : steps / 40))"
-                extra+=" --eval-every $((steps / 2))"
+                extra+=" --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2))"
                 case $form/$flags in
                 code/*lars*) extra+=" --lars-on all" ;;
                 paper/*--warmup*) ;;
