@@ -548,6 +548,8 @@ FACTS = {  # what {{NAME FACT}} stands for: a run's value, None if it has none, 
     "lowest": (lambda run: run.lowest["rep_dist"], ".2g"),
     "fell": (lambda run: run.falls[0] if run.falls else None, ",.0f"),
     "back": (lambda run: math.inf if run.down else run.returns[-1] if run.falls else None, ",.0f"),
+    "first back": (lambda run: run.returns[0] if run.returns else None, ",.0f"),
+    "fell again": (lambda run: run.falls[1] if len(run.falls) > 1 else None, ",.0f"),
     "apart": (separates_at, ",.0f"),
     "length": (lambda run: run.column("q_norm")[64], ",.0f"),
 }
@@ -615,7 +617,7 @@ def page(text, runs):
             return " | ".join(verdict_cells(study, words[1]))
         if words[0] == "figure":
             return figure(runs, words[1], *lines)
-        return fact(runs, *words)
+        return fact(runs, words[0], " ".join(words[1:]))
 
     return re.sub("{{(.+?)}}", replaced, text, flags=re.DOTALL)
 
