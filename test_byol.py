@@ -1371,7 +1371,7 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
         for seed, runs in enumerate(seeds):
             for name, values in zip(report.CLAIMS[claim][1:], runs.split(", "), strict=True):
                 write_run(tmp_path / folder, f"-paper-s{seed}", f"{name}{switch} {values}")
-        return report.verdict_cells(report.sweep(report.load(tmp_path / folder)[0]), claim)[:3]
+        return report.verdict_cells(report.load(tmp_path / folder)[0], claim)[:3]
 
     assert fails and cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
     for i, runs in enumerate(fails):
@@ -1453,8 +1453,8 @@ def test_run_all_runs_what_the_rules_need(tmp_path):
     for claim in report.CLAIMS:
         for line in run_all("--list", claim, OUT=str(tmp_path / claim)).stdout.splitlines():
             write_run(tmp_path / claim, "", f"{Path(shlex.split(line)[-1]).name} healthy 40")
-        study = report.sweep(report.load(tmp_path / claim)[0])
-        assert report.verdict_cells(study, claim)[2] != "not run", claim
+        runs, _ = report.load(tmp_path / claim)
+        assert report.verdict_cells(runs, claim)[2] != "not run", claim
 
 
 # ---------------------------------------------------------------------------------------------- README.md

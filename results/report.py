@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("code", "paper")
-NAME = re.compile(r"(?P<configuration>.+?)(@(?P<switch>.+))?-(?P<form>code|paper)-s(?P<seed>\d+)")
+NAME = re.compile(r".+?(@.+)?-(code|paper)-s(\d+)")         # of a run: its switch if any, form and seed
 
 
 # ------------------------------------------------------------------------ runs
@@ -97,6 +97,11 @@ def load(folder):
             except ValueError as error:
                 faults.append(str(error))
     return runs, faults
+
+
+def seeds(runs, name):
+    """All runs NAME-sSEED of a name, or the one if it is that of a run."""
+    return [run for other, run in runs.items() if re.fullmatch(re.escape(name) + r"(-s\d+)?", other)]
 
 
 # ------------------------------------------------------------------------ rules
@@ -236,23 +241,18 @@ CLAIMS = {  # id: its rule and the configurations that this takes; the table sho
 }
 
 
-def sweep(runs):
-    """The finished runs of the study as {(configuration, switch or None, form, seed): Run}."""
-    named = {NAME.fullmatch(name): run for name, run in runs.items() if run.finished}
-    keys = ("configuration", "switch", "form", "seed")
-    return {match.group(*keys): run for match, run in named.items() if match}
-
-
-def verdict(study, claim, form, switch=None):
-    """[whether the claim holds] for each seed of a form; with a switch, in its runs where there are some."""
+def verdicts(runs, claim):
+    """{(switch or "", form): [whether the claim holds] for each seed}, of all that was run. A configuration
+    that was not run with the switch is taken without it."""
     rule, *configurations = CLAIMS[claim]
-    answers = []
-    for seed in sorted({key[3] for key in study}):
-        runs = [study.get((name, switch, form, seed)) for name in configurations]
-        plain = [study.get((name, None, form, seed)) for name in configurations]
-        found = [run or other for run, other in zip(runs, plain)]
-        if any(runs) and all(found):
-            answers.append(rule(*found))
+    matches = [NAME.fullmatch(name) for name in runs]
+    answers = {}
+    for switch, form, seed in sorted({match.groups("") for match in matches if match}):
+        changed = [runs.get(f"{name}{switch}-{form}-s{seed}") for name in configurations]
+        plain = [runs.get(f"{name}-{form}-s{seed}") for name in configurations]
+        found = [run or other for run, other in zip(changed, plain)]
+        if any(changed) and all(found):
+            answers.setdefault((switch, form), []).append(rule(*found))
     return answers
 
 
@@ -261,30 +261,23 @@ def holds(claim, answers):
     return sum(answers) > (0 if claim == "D2" else len(answers) / 2)
 
 
-def tried(study, claim):
-    """{(switch, form): what `verdict` says with it}."""
-    switches = sorted({key[1:3] for key in study if key[1]})
-    answers = {(switch, form): verdict(study, claim, form, switch) for switch, form in switches}
-    return {key: answer for key, answer in answers.items() if answer}
-
-
-def flip(study, claim):
+def flip(runs, claim):
     """The (switch, form), that of most seeds, that makes a claim hold which does not as written; or None."""
-    if any(holds(claim, verdict(study, claim, form)) for form in FORMS):
+    answers = verdicts(runs, claim)
+    flips = [key for key, answer in answers.items() if holds(claim, answer)]
+    if any(switch == "" for switch, _ in flips):
         return None
-    tries = tried(study, claim)
-    flips = [key for key, answer in tries.items() if holds(claim, answer)]
-    return max(flips, key=lambda key: len(tries[key]), default=None)
+    return max(flips, key=lambda key: len(answers[key]), default=None)
 
 
-def switched(study, claim, switch):
+def switched(runs, claim, switch, form):
     """The first configuration of the claim that was run with the switch."""
-    return next(name for name in CLAIMS[claim][1:] if any(key[:2] == (name, switch) for key in study))
+    return next(name for name in CLAIMS[claim][1:] if seeds(runs, f"{name}{switch}-{form}"))
 
 
-def in_words(study, claim, switch):
-    name = switched(study, claim, switch)
-    words = switch.replace("-", " ").replace("warm up", "warm-up")
+def in_words(runs, claim, switch, form):
+    name = switched(runs, claim, switch, form)
+    words = switch[1:].replace("-", " ").replace("warm up", "warm-up")
     return words if name == CLAIMS[claim][1] else f"{words} for {name}"
 
 
@@ -295,30 +288,28 @@ def spread(values, form=".1f"):
     return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
-def verdict_cells(study, claim):
+def verdict_cells(runs, claim):
     """In how many seeds the claim holds in each form; whether it does, or the switch that flips it, or what
     was tried; the accuracy of each form; that of random features."""
-    answers = {form: verdict(study, claim, form) for form in FORMS}
+    tries, best = verdicts(runs, claim), flip(runs, claim)
+    answers = {form: tries.pop(("", form), []) for form in FORMS}
     cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
     forms = [f"the {form}'s" for form, answer in answers.items() if holds(claim, answer)]
-    tries, best = tried(study, claim), flip(study, claim)
-    seeds = {key: f" ({sum(a)} of {len(a)})" if any(a) else "" for key, a in tries.items()}
+    counts = {key: f" ({sum(a)} of {len(a)})" if any(a) else "" for key, a in tries.items()}
     if not any(answers.values()):
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
     elif best:
-        switch, form = best
-        outcome = f"no; with {in_words(study, claim, switch)} in the {form}'s form: yes{seeds[best]}"
+        outcome = f"no; with {in_words(runs, claim, *best)} in the {best[1]}'s form: yes{counts[best]}"
     else:
-        words = {key: in_words(study, claim, key[0]) + seeds[key] for key in tries}
+        words = {key: in_words(runs, claim, *key) + counts[key] for key in tries}
         lists = {form: ", ".join(words[key] for key in tries if key[1] == form) for form in FORMS}
         notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
         outcome = f"no; tried: {'; '.join(notes) or 'nothing'}"
-    main = CLAIMS[claim][1]
-    shown = {form: [run for key, run in study.items() if key[:3] == (main, None, form)] for form in FORMS}
-    accuracies = [spread([run.accuracy for run in runs]) for runs in shown.values() if runs]
-    random = [run.random for runs in shown.values() for run in runs]
+    shown = [seeds(runs, f"{CLAIMS[claim][1]}-{form}") for form in FORMS]
+    accuracies = [spread([run.accuracy for run in group]) for group in shown if group]
+    random = [run.random for group in shown for run in group]
     return [*cells, outcome, " / ".join(accuracies), spread(random) if random else ""]
 
 
@@ -422,7 +413,7 @@ def in_short(run):
     return f"{run.flags['enc_norm']}, {'/'.join(mlps)}, {run.flags['opt'].upper()} {run.flags['lr']:g}"
 
 
-def draw_claims(path, study):
+def draw_claims(path, runs):
     """The distance in each claim's runs, a panel each: the first configuration of CLAIMS in both forms, and
     what was run with the switch that flips the claim."""
     figure, axes = new_axes(6, 4, 9, sharex=True, sharey=True)
@@ -430,17 +421,17 @@ def draw_claims(path, study):
         if claim is None:
             place.axis("off")
             continue
-        main, best = CLAIMS[claim][1], flip(study, claim)
-        shown = {"code's form": (main, None, "code"), "paper's form": (main, None, "paper")}
+        main, best = CLAIMS[claim][1], flip(runs, claim)
+        shown = {"code's form": f"{main}-code", "paper's form": f"{main}-paper"}
         if best:
-            shown["with what flips it"] = (switched(study, claim, best[0]), *best)
-        for (label, wanted), colour in zip(shown.items(), COLOURS):
-            runs = [run for key, run in study.items() if key[:3] == wanted]
-            for run in runs:
+            shown["with what flips it"] = switched(runs, claim, *best) + "-".join(best)
+        for (label, name), colour in zip(shown.items(), COLOURS):
+            group = seeds(runs, name)
+            for run in group:
                 place.plot(*zip(*run.column("rep_dist").items()), color=colour, lw=1, label=label)
                 place.axhline(run.lines[0]["rep_dist"] / 100, color="0.9", zorder=0)
-            if runs and wanted[1] is None:
-                place.set_title(f"{claim}: {in_short(runs[0])}")
+            if group and "@" not in name:
+                place.set_title(f"{claim}: {in_short(group[0])}")
         place.set(xscale="log", yscale="log", ylim=(1e-12, 2))
     axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
     lines = {label: line for place in axes.flat for line, label in zip(*place.get_legend_handles_labels())}
@@ -555,11 +546,6 @@ FACTS = {  # what {{NAME FACT}} stands for: a run's value, None if it has none, 
 }
 
 
-def seeds(runs, name):
-    """All runs NAME-sSEED of a name, or the one if it is that of a run."""
-    return [run for other, run in runs.items() if re.fullmatch(re.escape(name) + r"(-s\d+)?", other)]
-
-
 def fact(runs, name, key):
     chosen = seeds(runs, name)
     if key in COUNTS:
@@ -582,7 +568,7 @@ def figure(runs, name, title, panels, *legend):
     """Draw it; returns its Markdown. A line of the legend is `label: NAME`."""
     path = HERE / f"figures/{name}.png"
     if name == "claims":
-        draw_claims(path, sweep(runs))
+        draw_claims(path, runs)
     elif name == "scores":
         draw_scores(path, without_mlp_norm(runs))
     elif name == "maps":
@@ -595,7 +581,6 @@ def figure(runs, name, title, panels, *legend):
 
 def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
-    study = sweep(runs)
     no_norm = without_mlp_norm(runs)
     every = [[name, run.state, f"`{run.command}`"] for name, run in runs.items()]
     tables = {
@@ -604,7 +589,7 @@ def page(text, runs):
         "first steps": count("warning", no_norm, is_dead),
         "early sign": count("sign", [run for run in no_norm if run.falls], announced),
     }
-    outcomes = [verdict_cells(study, claim)[2] for claim in CLAIMS]
+    outcomes = [verdict_cells(runs, claim)[2] for claim in CLAIMS]
     for name, begin in (("hold", "holds"), ("flip", "no; with"), ("do not", "no; tried")):
         tables["claims that " + name] = str(sum(text.startswith(begin) for text in outcomes))
 
@@ -614,7 +599,7 @@ def page(text, runs):
         if " ".join(words) in tables:
             return tables[" ".join(words)]
         if words[0] == "verdict":
-            return " | ".join(verdict_cells(study, words[1]))
+            return " | ".join(verdict_cells(runs, words[1]))
         if words[0] == "figure":
             return figure(runs, words[1], *lines)
         return fact(runs, words[0], " ".join(words[1:]))
