@@ -24,7 +24,8 @@ NAME = re.compile(r".+?(@.+)?-(code|paper)-s(\d+)")         # of a run: its swit
 class Run:
     """One run's folder. Collapse and recovery are relative to the untrained network, whose distance the first
     line has: `falls` and `returns` are the steps at which the distance goes under a hundredth of it, and then
-    over a tenth. Raises ValueError for a folder that holds no run, or a damaged one."""
+    over a tenth. A line's `share` is the median of `common` there and at the two lines before. Raises
+    ValueError for a folder that holds no run, or a damaged one."""
 
     def __init__(self, folder):
         try:
@@ -39,18 +40,20 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder}: no run, or a damaged one ({error!r})") from None
         self.steps = [line["step"] for line in self.lines]
-        self.finished = list(self.accuracies)[-1:] == [self.flags["steps"]]
+        self.finished = self.flags["steps"] in self.accuracies
         self.random = self.accuracies.get(0, math.nan)
-        self.accuracy = list(self.accuracies.values())[-1] if self.accuracies else math.nan
+        self.accuracy = [math.nan, *self.accuracies.values()][-1]
         self.gain = self.accuracy - self.random
         self.falls = []
         self.returns = []
-        for line in self.lines:
-            share = line["rep_dist"] / self.lines[0]["rep_dist"]
-            if share < 0.01 and not self.down:
+        for i, line in enumerate(self.lines):
+            relative = line["rep_dist"] / self.lines[0]["rep_dist"]
+            if relative < 0.01 and not self.down:
                 self.falls.append(line["step"])
-            if share > 0.1 and self.down:
+            if relative > 0.1 and self.down:
                 self.returns.append(line["step"])
+            last_three = [other["common"] for other in self.lines[max(0, i - 2) : i + 1]]
+            line["share"] = statistics.median(last_three)
 
     @property
     def down(self):
@@ -68,17 +71,9 @@ class Run:
         return min(self.lines, key=lambda line: line["rep_dist"])
 
     @property
-    def shares(self):
-        """{step: median of `common` there and at the two lines before}."""
-        common = list(self.column("common").values())
-        medians = [statistics.median(common[max(0, i - 2) : i + 1]) for i in range(len(common))]
-        return dict(zip(self.steps, medians))
-
-    @property
     def signs(self):
         """The steps with the early sign: much of what varies is common to both views, and q is not long."""
-        lengths = self.column("q_norm")
-        return [step for step, share in self.shares.items() if share > COMMON and lengths[step] < LONG]
+        return [line["step"] for line in self.lines if line["share"] > COMMON and line["q_norm"] < LONG]
 
     def column(self, *keys):
         """{step: value} of what the log's lines hold under these keys."""
@@ -356,7 +351,7 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
     "slope": ("slope of q over z", "growth", "slope"),
     "strongest": ("variance along the\nstrongest direction", "growth", "strongest"),
     "accuracy": ("accuracy in %\n(step 0: random features)",),
-    "share": ("share common to both views",),
+    "share": ("share common to both views", "share"),
     "largest": ("largest weight of the\nprediction over its rms", "layers", "prediction", "max_over_rms"),
 }
 LINEAR = ("accuracy", "live", "share", "slope", "largest")
@@ -389,7 +384,7 @@ def draw(path, panels, groups):
         name, *keys = PANELS[panel]
         for (line, colour), (label, runs) in zip(itertools.cycle(styles), groups.items()):
             for i, run in enumerate(runs):
-                points = dict(accuracy=run.accuracies, share=run.shares).get(panel) or run.column(*keys)
+                points = run.accuracies if panel == "accuracy" else run.column(*keys)
                 shown = {step: value for step, value in points.items() if value is not None}
                 if shown:
                     text = None if i else label
@@ -513,7 +508,7 @@ def look(folder):
             turns = sorted([(step, "down") for step in run.falls] + [(step, "back") for step in run.returns])
             steps = ", ".join(f"{word} at {step}" for step, word in turns[:4])
             sign = "on its way back" if run.steps[-1] in run.signs else "not on its way"
-            sign = f"{sign}: share {run.shares[run.steps[-1]]:.2f}" if run.down else ""
+            sign = f"{sign}: share {run.lines[-1]['share']:.2f}" if run.down else ""
             state = run.state + ("" if run.finished else cut_off)
             rows.append([texts[name], state, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
         print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
