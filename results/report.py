@@ -15,6 +15,9 @@ import statistics
 import sys
 from pathlib import Path
 
+import matplotlib
+from matplotlib.figure import Figure
+
 HERE = Path(__file__).resolve().parent
 FORMS = ("code", "paper")
 NAME = re.compile(r".+?(@.+)?-(code|paper)-s(\d+)")         # of a run: its switch if any, form and seed
@@ -313,9 +316,9 @@ STATES = ("never collapsed", "came back", "collapsed")
 
 
 def announced(run):
-    """The step at which the early sign first shows while the run is down; None if it does not."""
+    """The early sign shows while the run is down."""
     end = run.returns[0] if run.returns else math.inf
-    return next((step for step in run.signs if run.falls[0] < step < end), None)
+    return any(run.falls[0] < step < end for step in run.signs)
 
 
 def is_dead(run):
@@ -334,7 +337,7 @@ def count(name, runs, sign):
     """A table: in how many of the runs there is the sign, and how these end."""
     rows = []
     for of, word in itertools.product(("0 to 2", "others", "maps"), ("yes", "no")):
-        states = [run.state for run in runs if origin(run) == of and bool(sign(run)) == (word == "yes")]
+        states = [run.state for run in runs if origin(run) == of and sign(run) == (word == "yes")]
         rows.append([of, word, *map(states.count, STATES)])
     return table(["seeds", name, *STATES], rows)
 
@@ -356,23 +359,17 @@ PANELS = {  # what a panel shows: its axis, and where the log's lines have it
 }
 LINEAR = ("accuracy", "live", "share", "slope", "largest")
 LIMITS = {"share": COMMON, "length": LONG}
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 
 def new_axes(rows, columns, height, **shared):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    size = (10 if columns > 1 else 8, height)
-    return pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **shared)
+    figure = Figure(figsize=(10 if columns > 1 else 8, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def save(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    figure.clear()
 
 
 def draw(path, panels, groups):
