@@ -345,19 +345,19 @@ def count(name, runs, sign):
 # ------------------------------------------------------------------------ pictures
 # Okabe and Ito's, which the colour-blind can tell apart
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
-PANELS = {  # what a panel shows: its axis, and where the log's lines have it
-    "distance": ("representation distance", "rep_dist"),
-    "loss": ("loss", "loss"),
-    "rate": ("local LARS rate of layer1", "layers", "layer1", "lars_rate"),
-    "length": ("mean length of q", "q_norm"),
-    "live": ("live share of the prediction's units", "live", -1),
-    "slope": ("slope of q over z", "growth", "slope"),
-    "strongest": ("variance along the\nstrongest direction", "growth", "strongest"),
-    "accuracy": ("accuracy in %\n(step 0: random features)",),
-    "share": ("share common to both views", "share"),
-    "largest": ("largest weight of the\nprediction over its rms", "layers", "prediction", "max_over_rms"),
+PANELS = {  # what a panel shows: its axis and scale, and where the log's lines have it
+    "distance": ("representation distance", "log", "rep_dist"),
+    "loss": ("loss", "log", "loss"),
+    "rate": ("local LARS rate of layer1", "log", "layers", "layer1", "lars_rate"),
+    "length": ("mean length of q", "log", "q_norm"),
+    "live": ("live share of the prediction's units", "linear", "live", -1),
+    "slope": ("slope of q over z", "linear", "growth", "slope"),
+    "strongest": ("variance along the\nstrongest direction", "log", "growth", "strongest"),
+    "accuracy": ("accuracy in %\n(step 0: random features)", "linear"),
+    "share": ("share common to both views", "linear", "share"),
+    "largest": ("largest weight of the\nprediction over its rms", "linear",
+                "layers", "prediction", "max_over_rms"),
 }
-LINEAR = ("accuracy", "live", "share", "slope", "largest")
 LIMITS = {"share": COMMON, "length": LONG}
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -378,7 +378,7 @@ def draw(path, panels, groups):
     figure, axes = new_axes(rows, min(len(panels), 2), 3 * rows + 0.4 + 0.1 * len(groups))
     styles = list(itertools.product((".-", ".--", ".:"), COLOURS))
     for panel, place in zip(panels, axes.flat):
-        name, *keys = PANELS[panel]
+        name, scale, *keys = PANELS[panel]
         for (line, colour), (label, runs) in zip(itertools.cycle(styles), groups.items()):
             for i, run in enumerate(runs):
                 points = run.accuracies if panel == "accuracy" else run.column(*keys)
@@ -386,10 +386,8 @@ def draw(path, panels, groups):
                 if shown:
                     text = None if i else label
                     place.plot(*zip(*shown.items()), line, color=colour, lw=1.3, ms=3, label=text)
-        place.set(xlabel="step", ylabel=name)
-        if place.lines:
-            place.set_xscale("linear" if panel == "accuracy" else "log")
-            place.set_yscale("linear" if panel in LINEAR else "log")
+        steps = "linear" if panel == "accuracy" else "log"
+        place.set(xlabel="step", ylabel=name, xscale=steps, yscale=scale)
         if panel in LIMITS:
             place.axhline(LIMITS[panel], color="0.8", zorder=0)
     for place in axes.flat[len(panels) :]:
@@ -450,9 +448,10 @@ def draw_scores(path, runs):
 
 def draw_maps(path, runs, maps):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words, for each of `maps`,
-    {title: (beginning of the runs' names, form, flag)}."""
+    {title: "BEGINNING-OF-NAMES FORM FLAG"}."""
     figure, axes = new_axes(2, 2, 6.4)
-    for place, (title, (beginning, form, flag)) in zip(axes.flat, maps.items()):
+    for place, (title, words) in zip(axes.flat, maps.items()):
+        beginning, form, flag = words.split()
         cells = {}
         for name, run in runs.items():
             if name.startswith(beginning) and f"-{form}-s" in name:
@@ -462,8 +461,8 @@ def draw_maps(path, runs, maps):
         for (row, column), group in cells.items():
             y, x = rows.index(row), columns.index(column)
             colours[y][x] = math.log10(statistics.median(run.lines[-1]["rep_dist"] for run in group))
-            words = {"never collapsed": "", "came back": "back", "collapsed": "down"}
-            text = "/".join(sorted({words[run.state] for run in group}))
+            ends = {"never collapsed": "", "came back": "back", "collapsed": "down"}
+            text = "/".join(sorted({ends[run.state] for run in group}))
             ink = "k" if colours[y][x] > -3 else "w"
             place.text(x, y, text, ha="center", va="center", color=ink, size=7)
         image = place.imshow(colours, cmap="viridis", vmin=-8, vmax=0, aspect="auto")
@@ -556,18 +555,18 @@ def without_mlp_norm(runs):
     return [run for run in own if flags.items() <= run.flags.items()]
 
 
-def figure(runs, name, title, panels, *legend):
-    """Draw it; returns its Markdown. A line of the legend is `label: NAME`."""
+def figure(runs, name, title, panels, *lines):
+    """Draw it; returns its Markdown. A line is `label: NAME`."""
     path = HERE / f"figures/{name}.png"
+    legend = dict(line.split(": ") for line in lines)
     if name == "claims":
         draw_claims(path, runs)
     elif name == "scores":
         draw_scores(path, without_mlp_norm(runs))
     elif name == "maps":
-        draw_maps(path, runs, {line.split(": ")[0]: line.split(": ")[1].split() for line in legend})
+        draw_maps(path, runs, legend)
     else:
-        groups = {label: seeds(runs, wanted) for label, wanted in (line.split(": ") for line in legend)}
-        draw(path, panels.split(), {label: group for label, group in groups.items() if group})
+        draw(path, panels.split(), {label: seeds(runs, wanted) for label, wanted in legend.items()})
     return f"![{title}](figures/{name}.png)\n\n*{title}.*"
 
 
