@@ -407,10 +407,7 @@ def draw_claims(path, runs):
     """The distance in each claim's runs, a panel each: the first configuration of CLAIMS in both forms, and
     what was run with the switch that flips the claim."""
     figure, axes = new_axes(6, 4, 9, sharex=True, sharey=True)
-    for place, claim in itertools.zip_longest(axes.flat, CLAIMS):
-        if claim is None:
-            place.axis("off")
-            continue
+    for place, claim in zip(axes.flat, CLAIMS):
         main, best = CLAIMS[claim][1], flip(runs, claim)
         shown = {"code's form": f"{main}-code", "paper's form": f"{main}-paper"}
         if best:
@@ -425,6 +422,7 @@ def draw_claims(path, runs):
         place.set(xscale="log", yscale="log", ylim=(1e-12, 2))
     axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
     lines = {label: line for place in axes.flat for line, label in zip(*place.get_legend_handles_labels())}
+    axes.flat[-1].axis("off")
     axes.flat[-1].legend(lines.values(), lines.keys(), loc="center", frameon=False)
     figure.supxlabel("step")
     figure.supylabel("representation distance")
@@ -580,17 +578,16 @@ def page(text, runs):
         "first steps": count("warning", no_norm, is_dead),
         "early sign": count("sign", [run for run in no_norm if run.falls], announced),
     }
-    outcomes = [verdict_cells(runs, claim)[2] for claim in CLAIMS]
+    cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS}
+    tables |= {f"verdict {claim}": " | ".join(row) for claim, row in cells.items()}
     for name, begin in (("hold", "holds"), ("flip", "no; with"), ("do not", "no; tried")):
-        tables["claims that " + name] = str(sum(text.startswith(begin) for text in outcomes))
+        tables["claims that " + name] = str(sum(row[2].startswith(begin) for row in cells.values()))
 
     def replaced(match):
         _, *lines = match[1].strip().split("\n")
         words = match[1].split()
         if " ".join(words) in tables:
             return tables[" ".join(words)]
-        if words[0] == "verdict":
-            return " | ".join(verdict_cells(runs, words[1]))
         if words[0] == "figure":
             return figure(runs, words[1], *lines)
         return fact(runs, words[0], " ".join(words[1:]))
