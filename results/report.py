@@ -388,7 +388,7 @@ def draw(path, panels, groups):
                     place.plot(*zip(*shown.items()), line, color=colour, lw=1.3, ms=3, label=text)
         steps = "linear" if panel == "accuracy" else "log"
         place.set(xlabel="step", ylabel=name, xscale=steps, yscale=scale)
-        if panel in LIMITS:
+        if panel in LIMITS and place.lines:
             place.axhline(LIMITS[panel], color="0.8", zorder=0)
     for place in axes.flat[len(panels) :]:
         place.axis("off")
@@ -606,10 +606,8 @@ def study():
 
 
 def main(arguments):
-    if not arguments:
-        return study()
     try:
-        return max(look(folder) for folder in arguments)
+        return max(look(folder) for folder in arguments) if arguments else study()
     except OSError as error:
         sys.exit(f"report.py: {error.filename}: {error.strerror}")
 
