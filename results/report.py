@@ -458,7 +458,8 @@ def draw_maps(path, runs, maps):
         colours = [[math.nan] * len(columns) for _ in rows]
         for (row, column), group in cells.items():
             y, x = rows.index(row), columns.index(column)
-            colours[y][x] = math.log10(statistics.median(run.lines[-1]["rep_dist"] for run in group))
+            distance = statistics.median(run.lines[-1]["rep_dist"] for run in group)
+            colours[y][x] = math.log10(max(1e-16, distance))
             ends = {"never collapsed": "", "came back": "back", "collapsed": "down"}
             text = "/".join(sorted({ends[run.state] for run in group}))
             ink = "k" if colours[y][x] > -3 else "w"
