@@ -3,7 +3,7 @@
 A run of byol.py to whose networks is done once, before step 64, what SGD without a warm-up does to them:
 
 lengths   z and q get a mean length of 240 and 2,800, with the same hidden units and the same directions
-units     each hidden unit of the prediction is on for all images or off for all, the lengths stay much the same
+units     each hidden unit of the prediction is on for all images or off for all, at much the same lengths
 both      both
 """
 
