@@ -572,17 +572,13 @@ def test_live_units_are_on_for_some_and_off_for_others():
     assert metrics["q_norm"] == pytest.approx(q.norm(dim=1).mean().item())
 
 
-def test_collapse_state():
-    def states(*distances):
-        state, seen = "untrained", []
-        for distance in distances:
-            state = byol.collapse_state(state, distance)
-            seen.append(state)
-        return " ".join(seen)
-
-    assert states(0.5, 0.02, 0.002) == "healthy healthy healthy"
-    expected = "healthy collapsed collapsed recovered recovered collapsed"
-    assert states(0.5, 9e-4, 0.009, 0.011, 0.002, 1e-4) == expected
+@pytest.mark.parametrize("distances, states", [
+    ([0.5, 0.02, 0.002], "healthy healthy healthy"),
+    ([0.5, 9e-4, 0.009, 0.011, 0.002, 1e-4], "healthy collapsed collapsed recovered recovered collapsed"),
+])
+def test_collapse_state(distances, states):
+    seen = itertools.accumulate(distances, byol.collapse_state, initial="untrained")
+    assert list(seen)[1:] == states.split()
 
 
 def test_schedules():
