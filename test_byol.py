@@ -514,18 +514,12 @@ def test_losses_follow_their_formulas():
     assert byol.simclr_loss(q1, q2).item() == pytest.approx(total)
 
 
-def near_collapse(size, own=0.5):
-    """y or z of two views of 32 images that differ by `size`, 1 - own of their variation in common."""
-    base, common = torch.randn(1, 64).double(), torch.randn(32, 64).double()
-    noise = [torch.randn(32, 64).double() for _ in range(2)]
-    views = [base + size * ((1 - own) ** 0.5 * common + own**0.5 * view) for view in noise]
-    return [view.float() for view in views]
-
-
 def test_loss_distance_and_common_are_exact_near_collapse():
     torch.manual_seed(0)
-    for own in (0.2, 1.0):
-        q, t = near_collapse(1e-5, own)
+    for own in (0.2, 1.0):              # of what varies in a view, the share that the other does not have
+        base, common = torch.randn(1, 64).double(), torch.randn(32, 64).double()
+        q, t = ((base + 1e-5 * ((1 - own) ** 0.5 * common + own**0.5 * noise)).float()
+                for noise in torch.randn(2, 32, 64).double())
         exact = (1 - F.cosine_similarity(q.double(), t.double())).mean().item()
         assert byol.byol_loss(q, t).item() == pytest.approx(exact, rel=0.02)
         metrics = byol.collapse_metrics(q, q, t, t)
