@@ -51,9 +51,9 @@ TINY = "--width 4 --batch-size 8 --log-every 2".split()
 GN = "--enc-norm gn --mlp-norm none"
 
 
-def save_image(path, pixels):
+def save_image(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
-    TF.to_pil_image(pixels).save(path)
+    image.save(path)
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +62,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     for split, per_class in (("train", 4), ("test", 2)):
         for i, (image, label) in enumerate(zip(*byol.draw_shapes(per_class, per_class))):
-            save_image(root / split / f"class{label}" / f"{i:03}.png", image)
+            save_image(root / split / f"class{label}" / f"{i:03}.png", TF.to_pil_image(image))
     for i in range(5):
-        save_image(root / "unlabeled" / "some" / f"{i}.png", image)
+        save_image(root / "unlabeled" / "some" / f"{i}.png", TF.to_pil_image(image))
     return root
 
 
@@ -768,7 +768,7 @@ def test_folder_is_decoded_once_and_again_when_it_changes(folder, tmp_path, caps
     assert torch.equal(first.train_labels, labels)
     assert torch.equal(first.test, byol.draw_shapes(2, 2)[0]) and "decoding 65" in capsys.readouterr().out
     assert load(f"folder:{root}", tmp_path).digest == first.digest and not capsys.readouterr().out
-    save_image(min((root / "train").rglob("*.png")), torch.zeros(3, 32, 32, dtype=torch.uint8))
+    save_image(min((root / "train").rglob("*.png")), Image.new("RGB", (32, 32)))
     (root / "train" / "notes.txt").write_text("left out")
     changed = load(f"folder:{root}", tmp_path)
     assert changed.train[0].max() == 0 and first.train[0].max() > 0 and changed.digest != first.digest
@@ -780,9 +780,7 @@ def test_folder_of_mixed_sizes_and_modes(tmp_path):
     pictures = [gray.convert(mode) for mode in ("L", "RGBA", "P", "RGB")]
     pictures.append(Image.fromarray(np.full((30, 40), 102 * 257, np.uint16)))             # 16 bits
     for split, (i, picture) in itertools.product(("train", "test"), enumerate(pictures)):
-        path = tmp_path / split / f"c{i % 2}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        save_image(tmp_path / split / f"c{i % 2}" / f"{i}.png", picture)
     images = load(f"folder:{tmp_path}", size=24)
     assert images.train.shape == (5, 3, 24, 24) and (images.train == 102).all()
 
@@ -792,7 +790,7 @@ def test_bad_folders(folder, tmp_path, capsys, monkeypatch):
         flags = ["--data", f"folder:{tmp_path / name}", "--data-dir", tmp_path / "decoded"]
         return refused(capsys, 2, *TINY, *flags)
 
-    blank = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    blank = Image.new("RGB", (32, 32))
     (tmp_path / "empty").mkdir()
     assert "train" in refuse("empty") and "folder" in refused(capsys, 2, "--data", "folder:")
     for split in ("train", "test"):
