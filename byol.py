@@ -873,10 +873,11 @@ def main(argv):
         logs = done == args.steps or done % args.log_every == 0 or done & step == 0     # at powers of two
         judges = done == args.steps or args.eval_every > 0 and done % args.eval_every == 0
         saves = done % args.checkpoint_every == 0
-        if logs:                        # on every process, as it gathers; no other step waits for the device
+        if logs or saves:               # nothing else in a step waits for the device
             loss = gather(loss[None]).mean().item()
             if not math.isfinite(loss):
                 stop(1, f"the loss is {loss} at step {done}: the run diverged; try a lower --lr")
+        if logs:                        # on every process, as it gathers
             metrics = measure(args, online, optimizer, *outputs)
             progress["state"] = collapse_state(progress["state"], metrics["rep_dist"])
         if logs and log:

@@ -1173,10 +1173,14 @@ def test_wrong_usage(flags, word, shapes, capsys, tmp_path, monkeypatch):
     assert word in refused(capsys, 2, *flags.split(), "--out", tmp_path / "out")
 
 
-def test_a_diverged_run(folder, tmp_path, capsys):
-    flags = [*TINY, "--data", f"folder:{folder}", *f"{GN} --lr 1e6 --steps 60 --out".split()]
-    line = refused(capsys, 1, *flags, tmp_path)
-    assert "--lr" in line and len(log(tmp_path)) > 0
+def test_a_diverged_run(folder, tmp_path, capsys, monkeypatch):
+    flags = [*TINY, "--data", f"folder:{folder}", *GN.split(), "--steps", "60"]
+    assert "--lr" in refused(capsys, 1, *flags, "--lr", "1e6", "--out", tmp_path / "a")
+    assert len(log(tmp_path / "a")) > 0
+    loss, calls = byol.byol_loss, itertools.count()         # two calls a step: NaN from step 6 on
+    monkeypatch.setattr(byol, "byol_loss", lambda q, z: loss(q, z) * (math.nan if next(calls) > 9 else 1))
+    flags += ["--log-every", "60", "--checkpoint-every", "3", "--out", tmp_path / "b"]
+    assert "nan at step 6" in refused(capsys, 1, *flags)    # before a checkpoint would hold it
 
 
 FLAGS = """enc-norm width loss opt lars-layers lars-on lr lr-mult weight-decay warmup steps epochs batch-size
