@@ -93,6 +93,7 @@ def run_main(flags, output, file_limit, environment):
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = open(1, "w", closefd=False)            # the old one holds a position in the file that 1 was
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a background job ignores it
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
     byol.main(flags)
 
