@@ -572,11 +572,13 @@ def figure(runs, name, title, panels, *lines):
 def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
     no_norm = without_mlp_norm(runs)
+    long = [run for run in no_norm if run.column("q_norm")[64] > LONG]
     every = [[name, run.state, f"`{run.command}`"] for name, run in runs.items()]
     tables = {
         "runs": table(["run", "state", "command"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
         "first steps": count("warning", no_norm, is_dead),
+        "long ones down": f"{sum(run.down for run in long)} of {len(long)}",
         "early sign": count("sign", [run for run in no_norm if run.falls], announced),
     }
     cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS}
