@@ -401,6 +401,8 @@ def test_views_are_the_composition_of_torchvisions(size):
     args = byol.parse_arguments(["--size", str(size)])
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    # gray, red and green alike, a corner of the cube: where a hue is not unique
+    images[0], images[1, 1], images[2] = 128, images[1, 0], torch.tensor([0, 255, 255])[:, None, None]
     for seed in range(4):
         params, order = drawn_views(12, 32, size, seed)
         ours = byol.make_views(images, params, order, args)
@@ -416,21 +418,6 @@ def test_views_are_the_composition_of_torchvisions(size):
             theirs = TF.rgb_to_grayscale(theirs, 3) if one["gray"] else theirs
             theirs = TF.gaussian_blur(theirs, [taps, taps], [one["sigma"]] * 2) if one["sigma"] else theirs
             assert (ours[i] - TF.normalize(theirs, byol.MEAN, byol.STD)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("name", list(byol.JITTER))
-def test_jitter_is_torchvisions(name):
-    x = torch.rand(64, 3, 9, 11)
-    # grey, ties, a corner
-    x[0], x[1, 1], x[2] = 0.5, x[1, 0], torch.tensor([0.0, 1.0, 1.0])[:, None, None]
-    factor = torch.empty(64).uniform_(*byol.JITTER[name])
-    theirs = torch.stack([getattr(TF, f"adjust_{name}")(x[i], factor[i].item()) for i in range(64)])
-    assert (byol.adjust(x, name, factor) - theirs).abs().max() < 2e-5
-
-
-def test_blur_of_sigma_0_changes_nothing():
-    x = torch.rand(8, 3, 96, 96)
-    assert torch.equal(byol.gaussian_blur(x, torch.zeros(8)), x)
 
 
 def test_drawn_parameters_have_torchvisions_distribution():
@@ -610,8 +597,10 @@ def test_step_equals_the_plain_one(norms, shapes):
             group.update(lr=0.1 * (1 + math.cos(math.pi * step / 20)), fused=None)
         plain_optimizer.step()
         tau = 1 - 0.002 * (1 + math.cos(math.pi * step / 20))
-        for slow, fast, ours in zip(plain_target.parameters(), plain.parameters(), target.parameters()):
-            assert torch.allclose(tau * slow + (1 - tau) * fast, ours, rtol=1e-4, atol=1e-5)
+        moved, fast = dict(target.named_parameters()), dict(plain.named_parameters())
+        assert moved.keys() == {name for name in fast if not name.startswith("prediction")}
+        for name, slow in plain_target.named_parameters():
+            assert torch.allclose(tau * slow + (1 - tau) * fast[name], moved[name], rtol=1e-4, atol=1e-5)
         assert loss.item() == pytest.approx(plain_loss.item(), rel=5e-6, abs=1e-6)
         assert (flat(online) - flat(plain)).norm() < 2e-2 * (flat(plain) - before).norm()
 
@@ -626,19 +615,6 @@ def test_moco_adds_both_directions_and_fills_its_queue(shapes):
     assert loss.item() == pytest.approx(both.item(), rel=1e-5)
     assert torch.allclose(target.queue[:8], F.normalize(torch.cat([t1, t2])), atol=1e-6)
     assert torch.equal(target.queue[8:], before[8:])
-
-
-def test_ema_moves_encoder_and_projection_alone():
-    online = byol.Network(byol.parse_arguments(["--width", "2"]))
-    target = byol.make_target(online, "byol")
-    before = {name: p.clone() for name, p in target.named_parameters()}
-    with torch.no_grad():
-        for p in online.parameters():
-            p.add_(1)
-    byol.update_target(target, online, 0.75)
-    assert set(before) == {name for name, _ in online.named_parameters() if not name.startswith("prediction")}
-    for name, p in target.named_parameters():
-        assert not p.requires_grad and torch.allclose(p, before[name] + 0.25)
 
 
 def test_amp_keeps_loss_and_metrics_in_fp32(shapes):
@@ -844,8 +820,9 @@ def test_run_writes_what_it_promises(flags, folder, tmp_path, capsys):
     encoder.load_state_dict(torch.load(a / "encoder.pt", weights_only=True))
 
 
-def test_random_features(folder, tmp_path):
-    flags = [*TINY, "--data", f"folder:{folder}", "--steps", "0", "--out", tmp_path / "r"]
+def test_random_features_load_into_torchvision(folder, tmp_path):
+    flags = "--width 64 --stem imagenet --batch-size 4 --steps 0 --out".split()
+    flags = ["--data", f"folder:{folder}", *flags, tmp_path / "r"]
     main(*flags)
     for name in ("metrics.jsonl", "encoder.pt"):        # a kill right after config.json leaves it alone
         (tmp_path / "r" / name).unlink()
@@ -853,16 +830,10 @@ def test_random_features(folder, tmp_path):
     (line,) = log(tmp_path / "r")
     assert line["step"] == 0 and line["state"] == "untrained"
     torch.manual_seed(0)
-    fresh = resnet_norms.resnet18("bn", 4, "cifar").state_dict()
+    fresh = resnet_norms.resnet18().state_dict()
     saved = torch.load(tmp_path / "r" / "encoder.pt", weights_only=True)
     assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
-
-
-def test_encoder_loads_into_torchvision(folder, tmp_path):
-    flags = "--width 64 --size 16 --stem imagenet --batch-size 4 --steps 1".split()
-    main(*flags, "--data", f"folder:{folder}", "--out", tmp_path / "r")
-    encoder = torch.load(tmp_path / "r" / "encoder.pt", weights_only=True)
-    missing = torchvision.models.resnet18().load_state_dict(encoder, strict=False)
+    missing = torchvision.models.resnet18().load_state_dict(saved, strict=False)
     assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
 
 
