@@ -473,18 +473,6 @@ def draw_maps(path, runs, maps):
 
 
 # ------------------------------------------------------------------------ any folder of runs
-def labels(runs):
-    """{name: the flags in which the runs differ, as typed}, or the folders' names where these do not tell."""
-    ignored = ("--out", "--data-dir", "--threads", "--log-every")
-    typed = {name: re.split(r" (?=--)", run.command)[1:] for name, run in runs.items()}
-    in_all = set.intersection(*map(set, typed.values()))
-    texts = {}
-    for name, words in typed.items():
-        differs = [word for word in words if word not in in_all and not word.startswith(ignored)]
-        texts[name] = " ".join(differs) or "no other flag"
-    return texts if len(set(texts.values())) == len(texts) > 1 else {name: name for name in runs}
-
-
 def table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
@@ -497,7 +485,6 @@ def look(folder):
     faults += [f"{folder}/{name}: no line of metrics yet" for name in runs.keys() - begun.keys()]
     if begun:
         rows = []
-        texts = labels(begun)
         for name, run in begun.items():
             cut_off = f" (step {run.steps[-1]} of {run.flags['steps']})"
             turns = sorted([(step, "down") for step in run.falls] + [(step, "back") for step in run.returns])
@@ -505,12 +492,12 @@ def look(folder):
             sign = "on its way back" if run.steps[-1] in run.signs else "not on its way"
             sign = f"{sign}: share {run.lines[-1]['share']:.2f}" if run.down else ""
             state = run.state + ("" if run.finished else cut_off)
-            rows.append([texts[name], state, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
+            rows.append([name, state, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
         print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
         path = Path(folder, "report.png")
-        groups = {texts[name]: [run] for name, run in begun.items()}
         lars = any(run.flags["opt"] == "lars" for run in begun.values())
-        draw(path, ["distance", "loss", "accuracy"] + ["rate"] * lars, groups)
+        panels = ["distance", "loss", "accuracy"] + ["rate"] * lars
+        draw(path, panels, {name: [run] for name, run in begun.items()})
         print(f"picture: {path}")
     for fault in faults:
         print(fault, file=sys.stderr)
@@ -518,11 +505,9 @@ def look(folder):
 
 
 # ------------------------------------------------------------------------ the study's page
-COUNTS = {  # what {{NAME COUNT}} in notes.md stands for: in how many of the runs
-    "down": lambda run: run.down,
-    "fallen": lambda run: bool(run.falls),
-}
-FACTS = {  # what {{NAME FACT}} stands for: a run's value, None if it has none, and its format
+FACTS = {  # what {{NAME FACT}} in notes.md stands for: a run's value, None if it has none, and its format
+    "down": (lambda run: run.down, "count"),
+    "fallen": (lambda run: bool(run.falls), "count"),
     "accuracy": (lambda run: run.accuracy, ".1f"),
     "random": (lambda run: run.random, ".1f"),
     "distance": (lambda run: run.lines[-1]["rep_dist"], ".2g"),
@@ -537,13 +522,13 @@ FACTS = {  # what {{NAME FACT}} stands for: a run's value, None if it has none, 
 
 
 def fact(runs, name, key):
-    chosen = seeds(runs, name)
-    if key in COUNTS:
-        return f"{sum(map(COUNTS[key], chosen))} of {len(chosen)}"
     value, form = FACTS[key]
+    chosen = seeds(runs, name)
     values = [value(run) for run in chosen if value(run) is not None]
     if not values:
         return "never" if chosen else "(not run)"
+    if form == "count":
+        return f"{sum(values)} of {len(values)}"
     return spread(values, form).replace("inf", "never")
 
 
