@@ -276,7 +276,9 @@ def switched(runs, claim, switch, form):
 def in_words(runs, claim, switch, form):
     name = switched(runs, claim, switch, form)
     words = switch[1:].replace("-", " ").replace("warm up", "warm-up")
-    return words if name == CLAIMS[claim][1] else f"{words} for {name}"
+    if name == CLAIMS[claim][1]:
+        return words
+    return f"{words} ({in_short(seeds(runs, f'{name}{switch}-{form}')[0])})"
 
 
 def spread(values, form=".1f"):
