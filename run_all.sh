@@ -46,6 +46,7 @@ D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   $WS --lr 0.2
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
+C6          gn-bn-sgd@warm-up-of-600-code 6000 --enc-norm gn --mlp-norm bn --lr 0.8 --warmup 0.1
 C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm bn --lr 0.8
 C6          gn-none-lars-0.2@weight-standardization-code 6000 $WS $LARS --lr 0.2
 C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
