@@ -60,6 +60,8 @@ D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-d
 D5          gnws-none-sgd@half-the-rate-code 24000 $WS --lr 0.1
 D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
 D5          gnws-none-sgd@batch-128-paper 24000 $WS --lr 0.2 --batch-size 128
+D5          gnws-none-sgd@four-times-the-rate-paper 24000 $WS --lr 0.8
+D5          gnws-none-sgd@ten-times-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 1e-3
 D5 gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws --proj-norm bn --pred-norm none --lr 0.2
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
@@ -70,6 +72,8 @@ D9          gn-none-lars-mlps@twice-the-rate-paper 6000 $GN $LARS --lr 0.4 --lar
 D9          gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $ON_MLPS --warmup 0.025
 D9          gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $ON_MLPS --warmup 0.4
 D9          gn-none-lars-mlps@decay-0-paper 6000 $GN $ON_MLPS --weight-decay 0
+D9          gn-none-lars-mlps@decay-1e-4-paper 6000 $GN $ON_MLPS --weight-decay 1e-4
+D9          gn-none-lars-mlps@four-times-the-rate-paper 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $ON_MLPS --batch-size 128
 D9          gn-none-lars-mlps@weight-standardization-paper 6000 $WS $ON_MLPS
 D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 $PROJ $ON_MLPS
