@@ -534,6 +534,12 @@ def fact(runs, name, key):
     return spread(values, form).replace("inf", "never")
 
 
+def ends(group):
+    """The seeds of a configuration's runs, by the state in which they end."""
+    seeds_of = {state: sorted(run.flags["seed"] for run in group if run.state == state) for state in STATES}
+    return "; ".join(f"{state}: {str(found)[1:-1]}" for state, found in seeds_of.items() if found)
+
+
 def without_mlp_norm(runs):
     """The runs of byol.py that have it in no MLP, nor negatives, and that nothing harmed."""
     flags = dict(proj_norm="none", pred_norm="none", loss="byol")
@@ -560,9 +566,12 @@ def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
     no_norm = without_mlp_norm(runs)
     long = [run for run in no_norm if run.column("q_norm")[64] > LONG]
-    every = [[name, run.state, f"`{run.command}`"] for name, run in runs.items()]
+    named = {}
+    for name, run in runs.items():
+        named.setdefault(name.rsplit("-s", 1)[0], []).append(run)
+    every = [[name, ends(group), f"`{group[0].command}`"] for name, group in named.items()]
     tables = {
-        "runs": table(["run", "state", "command"], every),
+        "runs": table(["runs", "state: seeds", "command of one seed"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
         "first steps": count("warning", no_norm, is_dead),
         "long ones down": f"{sum(run.down for run in long)} of {len(long)}",
