@@ -523,21 +523,26 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for: a run's value, None if i
 }
 
 
+def ends(group):
+    """How a configuration's seeds ended, and their accuracy."""
+    states = {state: sorted(run.flags["seed"] for run in group if run.state == state) for state in STATES}
+    words = [f"{state} ({str(found)[1:-1]})" for state, found in states.items() if found]
+    return ", ".join([*words, spread([run.accuracy for run in group]) + " %"])
+
+
 def fact(runs, name, key):
-    value, form = FACTS[key]
     chosen = seeds(runs, name)
+    if not chosen:
+        return "not run"
+    if key == "ends":
+        return ends(chosen)
+    value, form = FACTS[key]
     values = [value(run) for run in chosen if value(run) is not None]
     if not values:
-        return "never" if chosen else "(not run)"
+        return "never"
     if form == "count":
         return f"{sum(values)} of {len(values)}"
     return spread(values, form).replace("inf", "never")
-
-
-def ends(group):
-    """The seeds of a configuration's runs, by the state in which they end."""
-    seeds_of = {state: sorted(run.flags["seed"] for run in group if run.state == state) for state in STATES}
-    return "; ".join(f"{state}: {str(found)[1:-1]}" for state, found in seeds_of.items() if found)
 
 
 def without_mlp_norm(runs):
@@ -571,7 +576,7 @@ def page(text, runs):
         named.setdefault(name.rsplit("-s", 1)[0], []).append(run)
     every = [[name, ends(group), f"`{group[0].command}`"] for name, group in named.items()]
     tables = {
-        "runs": table(["runs", "state: seeds", "command of one seed"], every),
+        "runs": table(["runs", "ended (seeds), accuracy", "command of one seed"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
         "first steps": count("warning", no_norm, is_dead),
         "long ones down": f"{sum(run.down for run in long)} of {len(long)}",
