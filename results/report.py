@@ -275,7 +275,7 @@ def switched(runs, claim, switch, form):
 
 def in_words(runs, claim, switch, form):
     name = switched(runs, claim, switch, form)
-    words = switch[1:].replace("-", " ").replace("warm up", "warm-up")
+    words = re.sub(r"(?<!\de)-", " ", switch[1:]).replace("warm up", "warm-up")        # not that of 1e-4
     if name == CLAIMS[claim][1]:
         return words
     return f"{words} ({in_short(seeds(runs, f'{name}{switch}-{form}')[0])})"
