@@ -1397,7 +1397,7 @@ def test_the_studys_page_is_written_alike_each_time(tmp_path, monkeypatch):
     assert "It ends with 31.0 [30.0, 32.0] %, back at 61, 1e-06 at the lowest." in text
     assert "| C4 | collapses | not run | not run | not run |" in text
     assert "| a-code | came back (0, 1, 2), 31.0 [30.0, 32.0] % | `python byol.py` |" in text
-    assert "| 0 to 2 | no | 0 | 3 | 3 |" in text
+    assert "| 0 to 2 | no | 3 | 3 |" in text
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps", "claims", "scores"}
 
 

@@ -278,7 +278,7 @@ def in_words(runs, claim, switch, form):
     words = re.sub(r"(?<!\de)-", " ", switch[1:]).replace("warm up", "warm-up")        # not that of 1e-4
     if name == CLAIMS[claim][1]:
         return words
-    return f"{words} ({in_short(seeds(runs, f'{name}{switch}-{form}')[0])})"
+    return f"{words} for {in_short(seeds(runs, f'{name}{switch}-{form}')[0])} alone"
 
 
 def spread(values, form=".1f"):
@@ -338,10 +338,11 @@ def origin(run):
 def count(name, runs, sign):
     """A table: in how many of the runs there is the sign, and how these end."""
     rows = []
+    ends = [state for state in STATES if any(run.state == state for run in runs)]
     for of, word in itertools.product(("0 to 2", "others", "maps"), ("yes", "no")):
         states = [run.state for run in runs if origin(run) == of and sign(run) == (word == "yes")]
-        rows.append([of, word, *map(states.count, STATES)])
-    return table(["seeds", name, *STATES], rows)
+        rows.append([of, word, *map(states.count, ends)])
+    return table(["seeds", name, *ends], rows)
 
 
 # ------------------------------------------------------------------------ pictures
@@ -513,6 +514,7 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for: a run's value, None if i
     "accuracy": (lambda run: run.accuracy, ".1f"),
     "random": (lambda run: run.random, ".1f"),
     "distance": (lambda run: run.lines[-1]["rep_dist"], ".2g"),
+    "untrained": (lambda run: run.lines[0]["rep_dist"], ".2g"),
     "lowest": (lambda run: run.lowest["rep_dist"], ".2g"),
     "fell": (lambda run: run.falls[0] if run.falls else None, ",.0f"),
     "back": (lambda run: math.inf if run.down else run.returns[-1] if run.falls else None, ",.0f"),
