@@ -17,7 +17,7 @@
 # in -code or -paper, that one alone. NAME@SWITCH is NAME with one thing changed.
 
 GN="--enc-norm gn --mlp-norm none" WS="--enc-norm gn+ws --mlp-norm none" LARS="--opt lars"
-PROJ="--enc-norm gn --proj-norm bn --pred-norm none" PRED="--proj-norm none --pred-norm bn"
+PROJ="--proj-norm bn --pred-norm none" PRED="--proj-norm none --pred-norm bn"
 CONVS="conv|downsample.0" MLPS="(projection|prediction)" EARLY="encoder.layer[12]"
 ON_MLPS="$LARS --lr 0.2 --lars-layers '$MLPS'"
 # claims       name                    steps   flags
@@ -55,7 +55,7 @@ D1,D4       gn-none-sgd-wd1e-5@half-the-rate-code 24000 $GN --lr 0.1 --weight-de
 D1,D4       gn-none-sgd-wd1e-5@twice-the-rate-paper 24000 $GN --lr 0.4 --weight-decay 1e-5
 D1,D4       gn-none-sgd-wd1e-5@weight-standardization-paper 24000 $WS --lr 0.2 --weight-decay 1e-5
 D1,D4       gn-none-sgd-wd1e-5@batch-128-paper 24000 $GN --lr 0.2 --weight-decay 1e-5 --batch-size 128
-D1,D4 gn-none-sgd-wd1e-5@BN-in-the-projection-paper 24000 $PROJ --lr 0.2 --weight-decay 1e-5
+D1,D4 gn-none-sgd-wd1e-5@BN-in-the-projection-paper 24000 --enc-norm gn $PROJ --lr 0.2 --weight-decay 1e-5
 D1,D4 gn-none-sgd-wd1e-5@BN-in-the-prediction-code 24000 --enc-norm gn $PRED --lr 0.2 --weight-decay 1e-5
 D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
 D5          gnws-none-sgd@half-the-rate-code 24000 $WS --lr 0.1
@@ -63,7 +63,7 @@ D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
 D5          gnws-none-sgd@batch-128-paper 24000 $WS --lr 0.2 --batch-size 128
 D5          gnws-none-sgd@four-times-the-rate-paper 24000 $WS --lr 0.8
 D5          gnws-none-sgd@ten-times-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 1e-3
-D5 gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws --proj-norm bn --pred-norm none --lr 0.2
+D5          gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws $PROJ --lr 0.2
 D5          gnws-none-sgd@BN-in-the-prediction-code 24000 --enc-norm gn+ws $PRED --lr 0.2
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
 D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
@@ -78,7 +78,7 @@ D9          gn-none-lars-mlps@decay-1e-4-paper 6000 $GN $ON_MLPS --weight-decay 
 D9          gn-none-lars-mlps@four-times-the-rate-paper 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $ON_MLPS --batch-size 128
 D9          gn-none-lars-mlps@weight-standardization-paper 6000 $WS $ON_MLPS
-D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 $PROJ $ON_MLPS
+D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn $PROJ $ON_MLPS
 D9          gn-none-lars-mlps@BN-in-the-prediction-code 6000 --enc-norm gn $PRED $ON_MLPS
 D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $ON_MLPS
 full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5

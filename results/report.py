@@ -275,7 +275,7 @@ def switched(runs, claim, switch, form):
 
 def in_words(runs, claim, switch, form):
     name = switched(runs, claim, switch, form)
-    words = re.sub(r"(?<!\de)-", " ", switch[1:]).replace("warm up", "warm-up")        # not that of 1e-4
+    words = re.sub(r"(?<!\de)-", " ", switch[1:]).replace("warm up", "warm-up")        # 1e-4 keeps its dash
     if name == CLAIMS[claim][1]:
         return words
     return f"{words} for {in_short(seeds(runs, f'{name}{switch}-{form}')[0])} alone"
@@ -338,11 +338,11 @@ def origin(run):
 def count(name, runs, sign):
     """A table: in how many of the runs there is the sign, and how these end."""
     rows = []
-    ends = [state for state in STATES if any(run.state == state for run in runs)]
+    shown = [state for state in STATES if any(run.state == state for run in runs)]
     for of, word in itertools.product(("0 to 2", "others", "maps"), ("yes", "no")):
         states = [run.state for run in runs if origin(run) == of and sign(run) == (word == "yes")]
-        rows.append([of, word, *map(states.count, ends)])
-    return table(["seeds", name, *ends], rows)
+        rows.append([of, word, *map(states.count, shown)])
+    return table(["seeds", name, *shown], rows)
 
 
 # ------------------------------------------------------------------------ pictures
