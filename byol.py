@@ -369,10 +369,13 @@ def normalize(images):
     return torch.stack(channels, -1).permute(0, 3, 1, 2)            # channels_last
 
 
+compiled_once = functools.cache(torch.compile)      # to wrap a function anew at each step takes milliseconds
+
+
 @torch.no_grad()
 def make_views(images, params, order, args):
     """A view of each image, uint8 (N, 3, side, side) -> (N, 3, size, size), by draw_views' parameters."""
-    compiled = torch.compile if args.compile else lambda function: function
+    compiled = compiled_once if args.compile else lambda function: function
     start = torch.stack([params["top"], params["left"]])
     extent = torch.stack([params["height"], params["width"]])
     x = compiled(resized_crop)(images, start, extent, params["flip"], args.size)
