@@ -1324,7 +1324,7 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
         for seed, runs in enumerate(seeds):
             for name, values in zip(report.CLAIMS[claim][1:], runs.split(", "), strict=True):
                 write_run(tmp_path / folder, f"-paper-s{seed}", f"{name}{switch} {values}")
-        return report.verdict_cells(report.load(tmp_path / folder)[0], claim)[:3]
+        return report.verdict_cells(report.load(tmp_path / folder), claim)[:3]
 
     assert fails and cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
     for i, runs in enumerate(fails):
@@ -1340,6 +1340,7 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
     """Also beside a cut-off run, an empty folder and a damaged log; the page of somebody else stays."""
     assert report.main([str(tmp_path)]) == 1
+    assert "no run that can be read" in capsys.readouterr().err
     healthy = write_run(tmp_path, "", "batch-size_8 healthy 40")
     cut_off = write_run(tmp_path, "", "x-s0-old down 20") / "metrics.jsonl"
     cut_off.write_text("\n".join(cut_off.read_text().splitlines()[:50]) + '\n{"step": 5')
@@ -1406,7 +1407,7 @@ def test_run_all_runs_what_the_rules_need(tmp_path):
     for claim in report.CLAIMS:
         for line in run_all("--list", claim, OUT=str(tmp_path / claim)).stdout.splitlines():
             write_run(tmp_path / claim, "", f"{Path(shlex.split(line)[-1]).name} healthy 40")
-        runs, _ = report.load(tmp_path / claim)
+        runs = report.load(tmp_path / claim)
         assert report.verdict_cells(runs, claim)[2] != "not run", claim
 
 

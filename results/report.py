@@ -5,96 +5,78 @@
     python results/report.py runs/ONE       one run
 """
 
-import functools
 import itertools
 import json
 import math
-import operator
 import re
-import statistics
 import sys
+from collections import Counter
 from pathlib import Path
+from statistics import median
 
-import matplotlib
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("code", "paper")
+STATES = ("never collapsed", "came back", "collapsed")
 NAME = re.compile(r".+?(@.+)?-(code|paper)-s(\d+)")         # of a run: its switch if any, form and seed
+USEFUL = 2              # points of accuracy over the random features of the same encoder
+COMMON = 0.4            # share of what varies in z that both views have in common (0.3 until seeds 1 and 2)
+LONG = 100              # mean length of q, which is 0.7 at the start
 
 
 # ------------------------------------------------------------------------ runs
 class Run:
-    """One run's folder. Collapse and recovery are relative to the untrained network, whose distance the first
-    line has: `falls` and `returns` are the steps at which the distance goes under a hundredth of it, and then
-    over a tenth. A line's `share` is the median of `common` there and at the two lines before. Raises
-    ValueError for a folder that holds no run, or a damaged one."""
+    """One run's folder. It falls, or collapses, when the distance goes under a hundredth of the untrained
+    network's, which the first line has, and comes back over a tenth of it. A line's `share` is the median of
+    `common` there and in the two before; its `sign`, the early one, is a large share while q is not long."""
 
     def __init__(self, folder):
-        try:
-            config = json.loads(Path(folder, "config.json").read_text())
-            rows = Path(folder, "metrics.jsonl").read_text().splitlines()
-            lines = [json.loads(row) for row in rows if row.endswith("}")]      # the last may be half written
-            self.flags = config["flags"]
-            self.command = config["command"]
-            self.machine = config.get("gpu") or config.get("cpu")
-            self.lines = [line for line in lines if "rep_dist" in line]
-            self.accuracies = {line["step"]: line["accuracy"] for line in lines if "accuracy" in line}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder}: no run, or a damaged one ({error!r})") from None
-        self.steps = [line["step"] for line in self.lines]
+        config = json.loads((folder / "config.json").read_text())
+        rows = (folder / "metrics.jsonl").read_text().splitlines()
+        log = [json.loads(row) for row in rows if row.endswith("}")]        # the last may be half written
+        self.flags = config["flags"]
+        self.command = config["command"]
+        self.machine = config.get("gpu") or config.get("cpu")
+        self.accuracies = {line["step"]: line["accuracy"] for line in log if "accuracy" in line}
         self.finished = self.flags["steps"] in self.accuracies
         self.random = self.accuracies.get(0, math.nan)
         self.accuracy = [math.nan, *self.accuracies.values()][-1]
         self.gain = self.accuracy - self.random
-        self.falls = []
-        self.returns = []
-        for i, line in enumerate(self.lines):
-            relative = line["rep_dist"] / self.lines[0]["rep_dist"]
-            if relative < 0.01 and not self.down:
-                self.falls.append(line["step"])
-            if relative > 0.1 and self.down:
-                self.returns.append(line["step"])
-            last_three = [other["common"] for other in self.lines[max(0, i - 2) : i + 1]]
-            line["share"] = statistics.median(last_three)
-
-    @property
-    def down(self):
-        return len(self.falls) > len(self.returns)
-
-    @property
-    def state(self):
-        if not self.falls:
-            return "never collapsed"
-        return "collapsed" if self.down else "came back"
-
-    @property
-    def lowest(self):
-        """The line of the log with the smallest distance."""
-        return min(self.lines, key=lambda line: line["rep_dist"])
-
-    @property
-    def signs(self):
-        """The steps with the early sign: much of what varies is common to both views, and q is not long."""
-        return [line["step"] for line in self.lines if line["share"] > COMMON and line["q_norm"] < LONG]
-
-    def column(self, *keys):
-        """{step: value} of what the log's lines hold under these keys."""
-        return {line["step"]: functools.reduce(operator.getitem, keys, line) for line in self.lines}
+        self.learns = self.gain >= USEFUL
+        lines = [line for line in log if "rep_dist" in line]
+        self.lines = {line["step"]: line for line in lines}
+        self.first, self.last = lines[0], lines[-1]
+        self.lowest = min(lines, key=lambda line: line["rep_dist"])
+        self.turns = []                         # the steps of a fall, a return, a fall, ...
+        for i, line in enumerate(lines):
+            falls = line["rep_dist"] < 0.01 * self.first["rep_dist"]
+            returns = line["rep_dist"] > 0.1 * self.first["rep_dist"]
+            if returns if len(self.turns) % 2 else falls:
+                self.turns.append(line["step"])
+            line["share"] = median(other["common"] for other in lines[max(0, i - 2) : i + 1])
+            line["sign"] = line["share"] > COMMON and line["q_norm"] < LONG
+        self.falls, self.returns = self.turns[::2], self.turns[1::2]
+        self.down = len(self.falls) > len(self.returns)
+        self.state = "collapsed" if self.down else "came back" if self.falls else "never collapsed"
+        self.comes_back = self.state == "came back" and self.learns
+        self.stays_down = self.down and not self.returns
+        self.falls_at_once = bool(self.falls) and self.falls[0] <= 0.1 * self.flags["steps"]
 
 
-def load(folder):
-    """({name: Run} of a folder of runs or of one run, a line for each that cannot be read)."""
-    folder = Path(folder)
+def load(folder, fault=sys.exit):
+    """{name: Run} of a folder of runs or of one run; `fault` is called with a line on each unreadable one."""
     runs = {}
-    faults = []
     for path in [folder] if (folder / "config.json").exists() else sorted(folder.iterdir()):
-        if path.is_dir():
-            try:
+        try:
+            if path.is_dir():
                 runs[path.name] = Run(path)
-            except ValueError as error:
-                faults.append(str(error))
-    return runs, faults
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            fault(f"{path}: no run, a damaged one, or one without a line yet ({error!r})")
+    if not runs:
+        fault(f"{folder}: no run that can be read")
+    return runs
 
 
 def seeds(runs, name):
@@ -105,18 +87,8 @@ def seeds(runs, name):
 # ------------------------------------------------------------------------ rules
 # Each takes the runs of one form and one seed that CLAIMS names. Edition 1's took the words of byol.py, whose
 # thresholds are absolute, so that a verdict hung on which side of 0.001 a distance fell.
-AT_ONCE = 0.1           # share of the run
-USEFUL = 2              # points of accuracy over the random features of the same encoder
-COMMON = 0.4            # share of what varies in z that both views have in common (0.3 until seeds 1 and 2)
-LONG = 100              # mean length of q, which is 0.7 at the start
-
-
-def falls_at_once(run):
-    return bool(run.falls) and run.falls[0] <= AT_ONCE * run.flags["steps"]
-
-
 def stay_down(*runs):
-    return all(run.down and not run.returns for run in runs)
+    return all(run.stays_down for run in runs)
 
 
 def never_fall(*runs):
@@ -124,31 +96,27 @@ def never_fall(*runs):
 
 
 def falls_at_once_for_good(run):
-    return falls_at_once(run) and stay_down(run)
+    return run.falls_at_once and run.stays_down
 
 
 def learns_without_falling(run):
-    return never_fall(run) and run.gain >= USEFUL
+    return run.learns and not run.falls
 
 
 def beats_without_falling(run, other):
-    return never_fall(run) and run.accuracy > other.accuracy
-
-
-def comes_back(run):
-    return run.state == "came back" and run.gain >= USEFUL
+    return run.accuracy > other.accuracy and not run.falls
 
 
 def comes_back_with_rising_loss(run):
     """To a loss above the least while it was down. That at the lowest distance may be falling yet."""
-    if not comes_back(run):
+    if not run.comes_back:
         return False
-    down = [line["loss"] for line in run.lines if run.falls[0] <= line["step"] <= run.returns[0]]
-    return run.lines[-1]["loss"] > min(down)
+    down = [line["loss"] for step, line in run.lines.items() if run.falls[0] <= step <= run.returns[0]]
+    return run.last["loss"] > min(down)
 
 
 def comes_back_below(run, control):
-    return falls_at_once(run) and comes_back(run) and run.accuracy < control.accuracy
+    return run.falls_at_once and run.comes_back and run.accuracy < control.accuracy
 
 
 def comes_back_at_times(run):
@@ -156,7 +124,7 @@ def comes_back_at_times(run):
 
 
 def comes_back_repeatedly(run):
-    return comes_back(run) and len(run.returns) > 1
+    return run.comes_back and len(run.returns) > 1
 
 
 def relapses(run):
@@ -167,41 +135,42 @@ def large_weights_come_down(run):
     """The MLPs' largest weight over its tensor's rms: half as large again when down, less when back."""
     if run.state != "came back":
         return False
-    mlps = [run.column("layers", mlp, "max_over_rms") for mlp in ("projection", "prediction")]
-    peaks = {step: max(mlp[step] for mlp in mlps) for step in run.steps}
-    down = peaks[run.lowest["step"]]
-    return down > 1.5 * peaks[run.steps[0]] and peaks[run.returns[0]] < down
+    lines = (run.first, run.lowest, run.lines[run.returns[0]])
+    mlps = ("projection", "prediction")
+    first, low, back = (max(line["layers"][mlp]["max_over_rms"] for mlp in mlps) for line in lines)
+    return low > 1.5 * first and back < low
 
 
 def early_rate_explodes(run):
     """At the lowest distance layer1's gradient is under a tenth of its first, its rate over ten times it."""
-    first, low = (line["layers"]["layer1"] for line in (run.lines[0], run.lowest))
-    vanishes = low["grad_norm"] < first["grad_norm"] / 10
-    explodes = low["lars_rate"] > 10 * first["lars_rate"]
-    return bool(run.falls) and vanishes and explodes
+    first, low = run.first["layers"]["layer1"], run.lowest["layers"]["layer1"]
+    explodes = low["grad_norm"] < first["grad_norm"] / 10 and low["lars_rate"] > 10 * first["lars_rate"]
+    return bool(run.falls) and explodes
 
 
 def separates_at(run):
     """The last step at which the images lie no further apart than in the untrained network."""
-    near = [step for step, distance in run.column("rep_dist").items() if distance <= run.lines[0]["rep_dist"]]
-    return near[-1] if near[-1] < run.steps[-1] else math.inf
+    near = [step for step, line in run.lines.items() if line["rep_dist"] <= run.first["rep_dist"]]
+    return near[-1] if near[-1] < run.last["step"] else math.inf
 
 
 def separates_first(run, *others):
     """Edition 1 took the step of the return, by which a run that never fell but stays where it was wins."""
-    first = min(separates_at(other) for other in others)
-    return separates_at(run) <= first and separates_at(run) < math.inf and run.gain >= USEFUL
+    step = separates_at(run)
+    return run.learns and step < math.inf and step <= min(map(separates_at, others))
+
+
+def rate_peaks_at(run):
+    return max(run.lines, key=lambda step: run.lines[step]["layers"]["layer1"]["lars_rate"])
 
 
 def peaks_early_or_dies(high, low):
     """The rate of layer1 peaks earlier in the run that comes back than in the one that does not."""
-    rates = [run.column("layers", "layer1", "lars_rate") for run in (high, low)]
-    peaks = [max(rate, key=rate.get) for rate in rates]
-    return comes_back(high) and stay_down(low) and peaks[0] < peaks[1]
+    return high.comes_back and low.stays_down and rate_peaks_at(high) < rate_peaks_at(low)
 
 
 def is_no_better_than_random(run):
-    return run.gain < USEFUL
+    return not run.learns
 
 
 def has_equal_projections(run):
@@ -209,7 +178,7 @@ def has_equal_projections(run):
 
 
 def gains_half_of_the_control(run, control):
-    return not run.down and run.gain >= max(USEFUL, control.gain / 2)
+    return run.learns and not run.down and run.gain >= control.gain / 2
 
 
 CLAIMS = {  # id: its rule and the configurations that this takes; the table shows the first one's accuracy
@@ -240,164 +209,107 @@ CLAIMS = {  # id: its rule and the configurations that this takes; the table sho
 
 
 def verdicts(runs, claim):
-    """{(switch or "", form): [whether the claim holds] for each seed}, of all that was run. A configuration
-    that was not run with the switch is taken without it."""
-    rule, *configurations = CLAIMS[claim]
-    matches = [NAME.fullmatch(name) for name in runs]
+    """{NAME: [whether the claim holds] for each seed} of all that was run; NAME is that of the first run with
+    the switch. A configuration that was not run with the switch is taken without it."""
+    rule, *names = CLAIMS[claim]
     answers = {}
-    for switch, form, seed in sorted({match.groups("") for match in matches if match}):
-        changed = [runs.get(f"{name}{switch}-{form}-s{seed}") for name in configurations]
-        plain = [runs.get(f"{name}-{form}-s{seed}") for name in configurations]
-        found = [run or other for run, other in zip(changed, plain)]
+    for switch, form, seed in sorted({match.groups("") for match in map(NAME.fullmatch, runs) if match}):
+        changed = [runs.get(f"{name}{switch}-{form}-s{seed}") for name in names]
+        found = [run or runs.get(f"{name}-{form}-s{seed}") for run, name in zip(changed, names)]
         if any(changed) and all(found):
-            answers.setdefault((switch, form), []).append(rule(*found))
+            first = next(name for run, name in zip(changed, names) if run)
+            answers.setdefault(f"{first}{switch}-{form}", []).append(bool(rule(*found)))
     return answers
 
 
-def holds(claim, answers):
-    """In most seeds; D2 says `at times`, so there one is enough."""
-    return sum(answers) > (0 if claim == "D2" else len(answers) / 2)
-
-
-def flip(runs, claim):
-    """The (switch, form), that of most seeds, that makes a claim hold which does not as written; or None."""
-    answers = verdicts(runs, claim)
-    flips = [key for key, answer in answers.items() if holds(claim, answer)]
-    if any(switch == "" for switch, _ in flips):
-        return None
-    return max(flips, key=lambda key: len(answers[key]), default=None)
-
-
-def switched(runs, claim, switch, form):
-    """The first configuration of the claim that was run with the switch."""
-    return next(name for name in CLAIMS[claim][1:] if seeds(runs, f"{name}{switch}-{form}"))
-
-
-def in_words(runs, claim, switch, form):
-    name = switched(runs, claim, switch, form)
-    words = re.sub(r"(?<!\de)-", " ", switch[1:]).replace("warm up", "warm-up")        # 1e-4 keeps its dash
-    if name == CLAIMS[claim][1]:
-        return words
-    return f"{words} for {in_short(seeds(runs, f'{name}{switch}-{form}')[0])} alone"
+def in_words(runs, claim, name):
+    """What was changed in the runs of this name."""
+    main, switch = name.rpartition("-")[0].split("@")
+    words = re.sub(r"(?<!\de)(?<!warm)-", " ", switch)          # 1e-4 and warm-up keep their dash
+    return words if main == CLAIMS[claim][1] else f"{words} for {in_short(seeds(runs, name)[0])} alone"
 
 
 def spread(values, form=".1f"):
     """`median [least, most]`, or the value if there is one."""
     if len(set(values)) == 1:
         return format(values[0], form)
-    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+    return f"{median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
 
 
 def verdict_cells(runs, claim):
     """In how many seeds the claim holds in each form; whether it does, or the switch that flips it, or what
-    was tried; the accuracy of each form; that of random features."""
-    tries, best = verdicts(runs, claim), flip(runs, claim)
-    answers = {form: tries.pop(("", form), []) for form in FORMS}
-    cells = [f"{sum(a)} of {len(a)}" if a else "not run" for a in answers.values()]
-    forms = [f"the {form}'s" for form, answer in answers.items() if holds(claim, answer)]
-    counts = {key: f" ({sum(a)} of {len(a)})" if any(a) else "" for key, a in tries.items()}
-    if not any(answers.values()):
+    was tried; the accuracy of each form; that of random features; not shown, the NAME that flips it."""
+    answers = verdicts(runs, claim)
+    counts = {name: f"{sum(answer)} of {len(answer)}" for name, answer in answers.items()}
+    enough = 0 if claim == "D2" else 0.5                        # D2 says `at times`
+    held = {name: len(answer) for name, answer in answers.items() if sum(answer) > enough * len(answer)}
+    written = {form: f"{CLAIMS[claim][1]}-{form}" for form in FORMS}
+    forms = [f"the {form}'s" for form, name in written.items() if name in held]
+    flip = None
+    if not answers.keys() & written.values():
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
-    elif best:
-        outcome = f"no; with {in_words(runs, claim, *best)} in the {best[1]}'s form: yes{counts[best]}"
+    elif held:
+        flip = max(held, key=held.get)
+        form = flip.rpartition("-")[2]
+        outcome = f"no; with {in_words(runs, claim, flip)} in the {form}'s form: yes ({counts[flip]})"
     else:
-        words = {key: in_words(runs, claim, *key) + counts[key] for key in tries}
-        lists = {form: ", ".join(words[key] for key in tries if key[1] == form) for form in FORMS}
+        words = {name: in_words(runs, claim, name) for name in answers if "@" in name}
+        tries = {name: text + f" ({counts[name]})" * any(answers[name]) for name, text in words.items()}
+        lists = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
         notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
         outcome = f"no; tried: {'; '.join(notes) or 'nothing'}"
-    shown = [seeds(runs, f"{CLAIMS[claim][1]}-{form}") for form in FORMS]
-    accuracies = [spread([run.accuracy for run in group]) for group in shown if group]
-    random = [run.random for group in shown for run in group]
-    return [*cells, outcome, " / ".join(accuracies), spread(random) if random else ""]
-
-
-# ------------------------------------------------------------------------ counts
-STATES = ("never collapsed", "came back", "collapsed")
-
-
-def announced(run):
-    """The early sign shows while the run is down."""
-    end = run.returns[0] if run.returns else math.inf
-    return any(run.falls[0] < step < end for step in run.signs)
-
-
-def is_dead(run):
-    """At step 64 no hidden unit of the prediction is live, or q is long."""
-    return run.column("live", -1)[64] == 0 or run.column("q_norm")[64] > LONG
-
-
-def origin(run):
-    """Of which runs it is: those that the signs were chosen on, or others, which test them."""
-    if "/map-" in run.command:
-        return "maps"
-    return "0 to 2" if run.flags["seed"] < 3 else "others"
-
-
-def count(name, runs, sign):
-    """A table: in how many of the runs there is the sign, and how these end."""
-    rows = []
-    shown = [state for state in STATES if any(run.state == state for run in runs)]
-    for of, word in itertools.product(("0 to 2", "others", "maps"), ("yes", "no")):
-        states = [run.state for run in runs if origin(run) == of and sign(run) == (word == "yes")]
-        rows.append([of, word, *map(states.count, shown)])
-    return table(["seeds", name, *shown], rows)
+    cells = [counts.get(name, "not run") for name in written.values()]
+    accuracies = [fact(runs, name, "accuracy") for name in written.values()]
+    random = [run.random for name in written.values() for run in seeds(runs, name)]
+    return [*cells, outcome, " / ".join(accuracies), spread(random) if random else "", flip]
 
 
 # ------------------------------------------------------------------------ pictures
-# Okabe and Ito's, which the colour-blind can tell apart
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
-PANELS = {  # what a panel shows: its axis and scale, and where the log's lines have it
-    "distance": ("representation distance", "log", "rep_dist"),
-    "loss": ("loss", "log", "loss"),
-    "rate": ("local LARS rate of layer1", "log", "layers", "layer1", "lars_rate"),
-    "length": ("mean length of q", "log", "q_norm"),
-    "live": ("live share of the prediction's units", "linear", "live", -1),
-    "slope": ("slope of q over z", "linear", "growth", "slope"),
-    "strongest": ("variance along the\nstrongest direction", "log", "growth", "strongest"),
-    "accuracy": ("accuracy in %\n(step 0: random features)", "linear"),
-    "share": ("share common to both views", "linear", "share"),
+PANELS = {  # what a panel shows: its axis and scale, and the value in a line of the log
+    "distance": ("representation distance", "log", lambda line: line["rep_dist"]),
+    "loss": ("loss", "log", lambda line: line["loss"]),
+    "rate": ("local LARS rate of layer1", "log", lambda line: line["layers"]["layer1"]["lars_rate"]),
+    "length": ("mean length of q", "log", lambda line: line["q_norm"]),
+    "live": ("live share of the prediction's units", "linear", lambda line: line["live"][-1]),
+    "slope": ("slope of q over z", "linear", lambda line: line["growth"]["slope"]),
+    "strongest": ("variance along the\nstrongest direction", "log", lambda line: line["growth"]["strongest"]),
+    "accuracy": ("accuracy in %\n(step 0: random features)", "linear", None),
+    "share": ("share common to both views", "linear", lambda line: line["share"]),
     "largest": ("largest weight of the\nprediction over its rms", "linear",
-                "layers", "prediction", "max_over_rms"),
+                lambda line: line["layers"]["prediction"]["max_over_rms"]),
 }
 LIMITS = {"share": COMMON, "length": LONG}
-matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+# Okabe and Ito's, which the colour-blind can tell apart
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
+STYLES = list(itertools.product((".-", ".--", ".:"), COLOURS))
+rcParams.update({"axes.spines.right": False, "axes.spines.top": False, "figure.constrained_layout.use": True})
+rcParams.update({"font.size": 9, "legend.frameon": False, "savefig.dpi": 110})
 
 
-def new_axes(rows, columns, height, **shared):
-    figure = Figure(figsize=(10 if columns > 1 else 8, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
-
-
-def save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def draw(path, panels, groups):
+def draw(panels, groups):
     """A panel each, in which {label: [Run]} are lines, a colour for each label."""
-    rows = math.ceil(len(panels) / 2)
-    figure, axes = new_axes(rows, min(len(panels), 2), 3 * rows + 0.4 + 0.1 * len(groups))
-    styles = list(itertools.product((".-", ".--", ".:"), COLOURS))
-    for panel, place in zip(panels, axes.flat):
-        name, scale, *keys = PANELS[panel]
-        for (line, colour), (label, runs) in zip(itertools.cycle(styles), groups.items()):
-            for i, run in enumerate(runs):
-                points = run.accuracies if panel == "accuracy" else run.column(*keys)
-                shown = {step: value for step, value in points.items() if value is not None}
-                if shown:
-                    text = None if i else label
-                    place.plot(*zip(*shown.items()), line, color=colour, lw=1.3, ms=3, label=text)
+    rows, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
+    picture = Figure((6 + 2 * columns, 3 * rows + 0.4 + 0.1 * len(groups)))
+    axes = picture.subplots(rows, columns, squeeze=False).flat
+    for panel, place in zip(panels, axes):
+        name, scale, value = PANELS[panel]
+        for (style, colour), (label, runs) in zip(itertools.cycle(STYLES), groups.items()):
+            for run in runs:
+                points = run.accuracies
+                if panel != "accuracy":
+                    points = {step: value(line) for step, line in run.lines.items()}
+                text = label if run is runs[0] else None
+                place.plot(list(points), list(points.values()), style, color=colour, lw=1.3, ms=3, label=text)
         steps = "linear" if panel == "accuracy" else "log"
         place.set(xlabel="step", ylabel=name, xscale=steps, yscale=scale)
         if panel in LIMITS and place.lines:
             place.axhline(LIMITS[panel], color="0.8", zorder=0)
-    for place in axes.flat[len(panels) :]:
+    for place in axes[len(panels) :]:
         place.axis("off")
-    lines = axes[0][0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower left", frameon=False, fontsize=8, ncols=2)
-    save(figure, path)
+    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, ncols=2)
+    return picture
 
 
 def in_short(run):
@@ -406,51 +318,52 @@ def in_short(run):
     return f"{run.flags['enc_norm']}, {'/'.join(mlps)}, {run.flags['opt'].upper()} {run.flags['lr']:g}"
 
 
-def draw_claims(path, runs):
+def draw_claims(runs):
     """The distance in each claim's runs, a panel each: the first configuration of CLAIMS in both forms, and
     what was run with the switch that flips the claim."""
-    figure, axes = new_axes(6, 4, 9, sharex=True, sharey=True)
+    picture = Figure((10, 9))
+    axes = picture.subplots(6, 4, sharex=True, sharey=True)
+    labels = ("code's form", "paper's form", "with what flips it")
     for place, claim in zip(axes.flat, CLAIMS):
-        main, best = CLAIMS[claim][1], flip(runs, claim)
-        shown = {"code's form": f"{main}-code", "paper's form": f"{main}-paper"}
-        if best:
-            shown["with what flips it"] = switched(runs, claim, *best) + "-".join(best)
-        for (label, name), colour in zip(shown.items(), COLOURS):
-            group = seeds(runs, name)
-            for run in group:
-                place.plot(*zip(*run.column("rep_dist").items()), color=colour, lw=1, label=label)
-                place.axhline(run.lines[0]["rep_dist"] / 100, color="0.9", zorder=0)
-            if group and "@" not in name:
-                place.set_title(f"{claim}: {in_short(group[0])}")
+        *_, flip = verdict_cells(runs, claim)
+        main = CLAIMS[claim][1]
+        for label, name, colour in zip(labels, (f"{main}-code", f"{main}-paper", flip or ""), COLOURS):
+            for run in seeds(runs, name):
+                distances = [line["rep_dist"] for line in run.lines.values()]
+                place.plot(list(run.lines), distances, color=colour, lw=1, label=label)
+                place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
+                if name != flip:
+                    place.set_title(f"{claim}: {in_short(run)}")
         place.set(xscale="log", yscale="log", ylim=(1e-12, 2))
     axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
     lines = {label: line for place in axes.flat for line, label in zip(*place.get_legend_handles_labels())}
     axes.flat[-1].axis("off")
-    axes.flat[-1].legend(lines.values(), lines.keys(), loc="center", frameon=False)
-    figure.supxlabel("step")
-    figure.supylabel("representation distance")
-    save(figure, path)
+    axes.flat[-1].legend(lines.values(), lines.keys(), loc="center")
+    picture.supxlabel("step")
+    picture.supylabel("representation distance")
+    return picture
 
 
-def draw_scores(path, runs):
+def draw_scores(runs):
     """What each run's encoder scores over its own random features, against the run's last distance."""
-    figure, axes = new_axes(1, 1, 4)
-    place = axes[0][0]
+    picture = Figure((8, 4))
+    place = picture.subplots()
     norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN"}
     for (norm, label), colour in zip(norms.items(), COLOURS):
         chosen = [run for run in runs if run.flags["enc_norm"] == norm]
-        distances = [max(1e-16, run.lines[-1]["rep_dist"]) for run in chosen]
+        distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
         place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
     place.axhline(0, color="0.8", zorder=0)
     place.set(xscale="log", xlabel="last representation distance", ylabel="points over random features")
-    place.legend(title="norm of the encoder", frameon=False)
-    save(figure, path)
+    place.legend(title="norm of the encoder")
+    return picture
 
 
-def draw_maps(path, runs, maps):
+def draw_maps(runs, maps):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words, for each of `maps`,
     {title: "BEGINNING-OF-NAMES FORM FLAG"}."""
-    figure, axes = new_axes(2, 2, 6.4)
+    picture = Figure((10, 6.4))
+    axes = picture.subplots(2, 2)
     for place, (title, words) in zip(axes.flat, maps.items()):
         beginning, form, flag = words.split()
         cells = {}
@@ -461,7 +374,7 @@ def draw_maps(path, runs, maps):
         colours = [[math.nan] * len(columns) for _ in rows]
         for (row, column), group in cells.items():
             y, x = rows.index(row), columns.index(column)
-            distance = statistics.median(run.lines[-1]["rep_dist"] for run in group)
+            distance = median(run.last["rep_dist"] for run in group)
             colours[y][x] = math.log10(max(1e-16, distance))
             ends = {"never collapsed": "", "came back": "back", "collapsed": "down"}
             text = "/".join(sorted({ends[run.state] for run in group}))
@@ -471,8 +384,8 @@ def draw_maps(path, runs, maps):
         place.set(title=title, xlabel="rate", ylabel=flag.replace("_", " "))
         place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
         place.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
-    figure.colorbar(image, ax=axes, label="log10 of the last distance")
-    save(figure, path)
+    picture.colorbar(image, ax=axes, label="log10 of the last distance")
+    return picture
 
 
 # ------------------------------------------------------------------------ any folder of runs
@@ -483,68 +396,93 @@ def table(header, rows):
 
 def look(folder):
     """What `report.py FOLDER` prints, and the picture that it draws. Returns the exit status."""
-    runs, faults = load(folder)
-    begun = {name: run for name, run in runs.items() if run.lines}
-    faults += [f"{folder}/{name}: no line of metrics yet" for name in runs.keys() - begun.keys()]
-    if begun:
-        rows = []
-        for name, run in begun.items():
-            cut_off = f" (step {run.steps[-1]} of {run.flags['steps']})"
-            turns = sorted([(step, "down") for step in run.falls] + [(step, "back") for step in run.returns])
-            steps = ", ".join(f"{word} at {step}" for step, word in turns[:4])
-            sign = "on its way back" if run.steps[-1] in run.signs else "not on its way"
-            sign = f"{sign}: share {run.lines[-1]['share']:.2f}" if run.down else ""
-            state = run.state + ("" if run.finished else cut_off)
-            rows.append([name, state, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
+    runs = load(folder, fault=lambda text: print(text, file=sys.stderr))
+    rows = []
+    for name, run in runs.items():
+        steps = ", ".join(f"{word} at {step}" for word, step in zip(["down", "back"] * 2, run.turns))
+        sign = "on its way back" if run.last["sign"] else "not on its way"
+        sign = f"{sign}: share {run.last['share']:.2f}" if run.down else ""
+        cut_off = "" if run.finished else f" (step {run.last['step']} of {run.flags['steps']})"
+        rows.append([name, run.state + cut_off, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
+    if runs:
         print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
-        path = Path(folder, "report.png")
-        lars = any(run.flags["opt"] == "lars" for run in begun.values())
+        lars = any(run.flags["opt"] == "lars" for run in runs.values())
         panels = ["distance", "loss", "accuracy"] + ["rate"] * lars
-        draw(path, panels, {name: [run] for name, run in begun.items()})
-        print(f"picture: {path}")
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    return 0 if begun else 1
+        draw(panels, {name: [run] for name, run in runs.items()}).savefig(folder / "report.png")
+        print(f"picture: {folder / 'report.png'}")
+    return 0 if runs else 1
 
 
 # ------------------------------------------------------------------------ the study's page
-FACTS = {  # what {{NAME FACT}} in notes.md stands for: a run's value, None if it has none, and its format
-    "down": (lambda run: run.down, "count"),
-    "fallen": (lambda run: bool(run.falls), "count"),
-    "accuracy": (lambda run: run.accuracy, ".1f"),
-    "random": (lambda run: run.random, ".1f"),
-    "distance": (lambda run: run.lines[-1]["rep_dist"], ".2g"),
-    "untrained": (lambda run: run.lines[0]["rep_dist"], ".2g"),
-    "lowest": (lambda run: run.lowest["rep_dist"], ".2g"),
-    "fell": (lambda run: run.falls[0] if run.falls else None, ",.0f"),
-    "back": (lambda run: math.inf if run.down else run.returns[-1] if run.falls else None, ",.0f"),
-    "first back": (lambda run: run.returns[0] if run.returns else None, ",.0f"),
-    "fell again": (lambda run: run.falls[1] if len(run.falls) > 1 else None, ",.0f"),
-    "apart": (separates_at, ",.0f"),
-    "length": (lambda run: run.column("q_norm")[64], ",.0f"),
+FACTS = {  # what {{NAME FACT}} in notes.md stands for, beside `ends`: what a run has of it, and its format
+    "down": (lambda run: [run.down], "count"),
+    "fallen": (lambda run: [bool(run.falls)], "count"),
+    "accuracy": (lambda run: [run.accuracy], ".1f"),
+    "random": (lambda run: [run.random], ".1f"),
+    "distance": (lambda run: [run.last["rep_dist"]], ".2g"),
+    "untrained": (lambda run: [run.first["rep_dist"]], ".2g"),
+    "lowest": (lambda run: [run.lowest["rep_dist"]], ".2g"),
+    "fell": (lambda run: run.falls[:1], ",.0f"),
+    "back": (lambda run: [math.inf] if run.down else run.returns[-1:], ",.0f"),
+    "first back": (lambda run: run.returns[:1], ",.0f"),
+    "fell again": (lambda run: run.falls[1:2], ",.0f"),
+    "apart": (lambda run: [separates_at(run)], ",.0f"),
+    "length": (lambda run: [run.lines[64]["q_norm"]], ",.0f"),
 }
 
 
-def ends(group):
-    """How a configuration's seeds ended, and their accuracy."""
-    states = {state: sorted(run.flags["seed"] for run in group if run.state == state) for state in STATES}
-    words = [f"{state} ({str(found)[1:-1]})" for state, found in states.items() if found]
-    return ", ".join([*words, spread([run.accuracy for run in group]) + " %"])
-
-
 def fact(runs, name, key):
-    chosen = seeds(runs, name)
-    if not chosen:
+    group = seeds(runs, name)
+    if not group:
         return "not run"
     if key == "ends":
-        return ends(chosen)
+        states = {state: sorted(run.flags["seed"] for run in group if run.state == state) for state in STATES}
+        words = [f"{state} ({str(found)[1:-1]})" for state, found in states.items() if found]
+        return ", ".join([*words, fact(runs, name, "accuracy") + " %"])
     value, form = FACTS[key]
-    values = [value(run) for run in chosen if value(run) is not None]
-    if not values:
-        return "never"
+    values = [number for run in group for number in value(run)]
     if form == "count":
         return f"{sum(values)} of {len(values)}"
-    return spread(values, form).replace("inf", "never")
+    return spread(values, form).replace("inf", "never") if values else "never"
+
+
+def announced(run):
+    """The early sign shows while the run is down."""
+    end = [*run.returns, math.inf][0]
+    return any(line["sign"] for step, line in run.lines.items() if run.falls[0] < step < end)
+
+
+def is_dead(run):
+    """At step 64 no hidden unit of the prediction is live, or q is long."""
+    return run.lines[64]["live"][-1] == 0 or run.lines[64]["q_norm"] > LONG
+
+
+def count(name, runs, has):
+    """A table: in how many of the runs there is the sign, chosen on seeds 0 to 2, and how these end."""
+    ended = Counter()
+    for run in runs:
+        seed = "maps" if "/map-" in run.command else "0 to 2" if run.flags["seed"] < 3 else "others"
+        ended[seed, "yes" if has(run) else "no", run.state] += 1
+    states = sorted({run.state for run in runs}, key=STATES.index)
+    rows = []
+    for row in itertools.product(("0 to 2", "others", "maps"), ("yes", "no")):
+        rows.append([*row, *(ended[(*row, state)] for state in states)])
+    return table(["seeds", name, *states], rows)
+
+
+def figure(runs, name, title, panels, *lines):
+    """Draw it; returns its Markdown. A line is `label: NAME`."""
+    legend = dict(line.split(": ") for line in lines)
+    if name == "claims":
+        picture = draw_claims(runs)
+    elif name == "scores":
+        picture = draw_scores(without_mlp_norm(runs))
+    elif name == "maps":
+        picture = draw_maps(runs, legend)
+    else:
+        picture = draw(panels.split(), {label: seeds(runs, wanted) for label, wanted in legend.items()})
+    picture.savefig(HERE / f"figures/{name}.png", metadata={"Software": None})
+    return f"![{title}](figures/{name}.png)\n\n*{title}.*"
 
 
 def without_mlp_norm(runs):
@@ -554,66 +492,47 @@ def without_mlp_norm(runs):
     return [run for run in own if flags.items() <= run.flags.items()]
 
 
-def figure(runs, name, title, panels, *lines):
-    """Draw it; returns its Markdown. A line is `label: NAME`."""
-    path = HERE / f"figures/{name}.png"
-    legend = dict(line.split(": ") for line in lines)
-    if name == "claims":
-        draw_claims(path, runs)
-    elif name == "scores":
-        draw_scores(path, without_mlp_norm(runs))
-    elif name == "maps":
-        draw_maps(path, runs, legend)
-    else:
-        draw(path, panels.split(), {label: seeds(runs, wanted) for label, wanted in legend.items()})
-    return f"![{title}](figures/{name}.png)\n\n*{title}.*"
-
-
 def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
     no_norm = without_mlp_norm(runs)
-    long = [run for run in no_norm if run.column("q_norm")[64] > LONG]
-    named = {}
-    for name, run in runs.items():
-        named.setdefault(name.rsplit("-s", 1)[0], []).append(run)
-    every = [[name, ends(group), f"`{group[0].command}`"] for name, group in named.items()]
-    tables = {
+    long = [run.down for run in no_norm if run.lines[64]["q_norm"] > LONG]
+    names = dict.fromkeys(name.rsplit("-s", 1)[0] for name in runs)
+    every = [[name, fact(runs, name, "ends"), f"`{seeds(runs, name)[0].command}`"] for name in names]
+    facts = {
         "runs": table(["runs", "ended (seeds), accuracy", "command of one seed"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
         "first steps": count("warning", no_norm, is_dead),
-        "long ones down": f"{sum(run.down for run in long)} of {len(long)}",
+        "long ones down": f"{sum(long)} of {len(long)}",
         "early sign": count("sign", [run for run in no_norm if run.falls], announced),
     }
     cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS}
-    tables |= {f"verdict {claim}": " | ".join(row) for claim, row in cells.items()}
+    facts |= {f"verdict {claim}": " | ".join(row[:-1]) for claim, row in cells.items()}
     for name, begin in (("hold", "holds"), ("flip", "no; with"), ("do not", "no; tried")):
-        tables["claims that " + name] = str(sum(row[2].startswith(begin) for row in cells.values()))
+        facts["claims that " + name] = str(sum(row[2].startswith(begin) for row in cells.values()))
 
     def replaced(match):
         _, *lines = match[1].strip().split("\n")
         words = match[1].split()
-        if " ".join(words) in tables:
-            return tables[" ".join(words)]
         if words[0] == "figure":
             return figure(runs, words[1], *lines)
-        return fact(runs, words[0], " ".join(words[1:]))
+        return facts.get(" ".join(words)) or fact(runs, words[0], " ".join(words[1:]))
 
     return re.sub("{{(.+?)}}", replaced, text, flags=re.DOTALL)
 
 
 def study():
     """Write results/README.md and its figures, byte for byte the same from the same logs and notes."""
-    runs, faults = load(HERE / "runs")
-    if faults or not runs:
-        sys.exit("report.py: " + (faults[0] if faults else f"{HERE / 'runs'} holds no run"))
-    finished = {name: run for name, run in runs.items() if run.finished}
+    finished = {name: run for name, run in load(HERE / "runs").items() if run.finished}
+    if not finished:
+        sys.exit(f"report.py: {HERE / 'runs'} holds no finished run")
+    (HERE / "figures").mkdir(exist_ok=True)
     (HERE / "README.md").write_text(page((HERE / "notes.md").read_text(), finished))
     print(f"{HERE / 'README.md'}: {len(finished)} finished runs")
 
 
 def main(arguments):
     try:
-        return max(look(folder) for folder in arguments) if arguments else study()
+        return max(look(Path(folder)) for folder in arguments) if arguments else study()
     except OSError as error:
         sys.exit(f"report.py: {error.filename}: {error.strerror}")
 
