@@ -68,10 +68,6 @@ QUEUE = 4096                                # target projections that moco keeps
 PLACES = ("out", "data_dir", "download")    # flags that may differ when a run is resumed
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and each flag with its default."""
-
-
 def within(kind, low, high=10**9):
     """An argparse type: a `kind` in [low, high]."""
     def number(text):
@@ -88,13 +84,14 @@ def regex_factor(text):
 
 def parse_arguments(argv):
     """The flags of the command line `argv`, with the defaults that follow from other flags filled in."""
-    parser = argparse.ArgumentParser("byol.py", description=__doc__, formatter_class=Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser("byol.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(2, message)
     norms = ["bn", "ln", "gn", "none"]
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
     def add(flag, default, text, **how):
-        group.add_argument(flag, default=default, help=text, **how)
+        group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **how)
 
     group = parser.add_argument_group("model")
     add("--enc-norm", "bn", "norm of the encoder", choices=["bn", "gn", "gn+ws", "none"])
@@ -321,16 +318,11 @@ def resize_matrix(start, extent, side, size):
     return weight / weight.sum(-1, keepdim=True)
 
 
-def separable(images, rows, columns):
-    """rows @ channel @ columns^T for each channel of images (N, C, H, W); (N, H', H) and (N, W', W)."""
-    return torch.einsum("nyh,nchw,nxw->ncyx", rows, images, columns)
-
-
 def resized_crop(images, start, extent, flip, size):
     """Crop, resize and flip each image: uint8 (N, 3, side, side) -> (N, 3, size, size) in [0, 1]."""
     rows, columns = resize_matrix(start, extent, images.shape[-1], size)
     columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
-    return separable(images / 255, rows, columns)
+    return torch.einsum("nyh,nchw,nxw->ncyx", rows, images / 255, columns)
 
 
 def adjust(images, name, factor):
@@ -360,12 +352,12 @@ def gaussian_blur(images, sigma):
     kernel = kernel / kernel.sum(1, keepdim=True)
     padded = F.pad(torch.eye(size, device=images.device), (radius, radius), "reflect")
     matrix = torch.einsum("nt,wxt->nxw", kernel, padded.unfold(1, 2 * radius + 1, 1))
-    return separable(images, matrix, matrix)
+    return torch.einsum("nyh,nchw,nxw->ncyx", matrix, images, matrix)
 
 
 def normalize(images):
     """ImageNet's normalization, by channels: a vector of constants would be copied to a GPU in every step."""
-    channels = [(images[:, i] - mean) / std for i, (mean, std) in enumerate(zip(MEAN, STD))]
+    channels = [(x - mean) / std for x, mean, std in zip(images.unbind(1), MEAN, STD)]
     return torch.stack(channels, -1).permute(0, 3, 1, 2)            # channels_last
 
 
@@ -391,8 +383,7 @@ def image_order(n, seed, epoch):
 
 
 def load_views(images, step, args):
-    """Both views, one after the other, of this process's share of the batch of step 0, 1, ...:
-    (2N, 3, size, size). Any number of processes trains on the same views."""
+    """Both views of this process's share of the batch of step 0, 1, ..., one by one: (2N, 3, size, size)."""
     batch = args.batch_size
     share = slice(RANK * batch // WORLD, (RANK + 1) * batch // WORLD)
     epoch, place = divmod(step, len(images) // batch)
@@ -479,8 +470,7 @@ def moco_loss(q, z_target, queue, temperature=0.2):
 def simclr_loss(q1, q2, temperature=0.2):
     """NT-Xent over the 2N views of the batch (SimCLR, arXiv 2002.05709, equation 1)."""
     q = F.normalize(torch.cat([q1, q2]))
-    itself = torch.eye(len(q), dtype=torch.bool, device=q.device)
-    logits = (q @ q.T / temperature).masked_fill(itself, -math.inf)
+    logits = (q @ q.T / temperature).fill_diagonal_(-math.inf)
     return F.cross_entropy(logits, torch.arange(len(q), device=q.device).roll(len(q1)))
 
 
@@ -602,7 +592,7 @@ def features(encoder, images, args):
     encoder.eval()
     y = []
     for x in images.split(256):
-        x = F.interpolate(x.to(args.device) / 255, (args.size, args.size), mode="bilinear", antialias=True)
+        x = F.interpolate(x.to(args.device) / 255, args.size, mode="bilinear", antialias=True)
         y.append(encoder(normalize(x)).cpu())
     encoder.train()
     return torch.cat(y)
@@ -612,7 +602,7 @@ def evaluate(encoder, images, args):
     """Test accuracy in percent of a linear classifier of y, fitted on the labelled training images."""
     train = features(encoder, images.train[: len(images.train_labels)], args)
     test = features(encoder, images.test, args)
-    if not (train.isfinite().all() and test.isfinite().all()):
+    if not torch.cat([train, test]).isfinite().all():
         stop(1, "the features are not finite: the run diverged; try a lower --lr")
     return linear_accuracy(train, images.train_labels, test, images.test_labels)
 
@@ -705,9 +695,9 @@ def load_checkpoint(out, log, parts):
             progress.update(content["progress"])
         except Exception as error:      # torch raises nearly anything on a damaged or foreign file
             stop(1, f"{path}: cannot resume ({repr(error)[:100]}); if damaged, remove it")
-    if log and log.seek(0, os.SEEK_END) < progress["log_bytes"]:
-        stop(1, f"{log.name} is shorter than at the last checkpoint; remove the folder to start over")
     if log:
+        if log.seek(0, os.SEEK_END) < progress["log_bytes"]:
+            stop(1, f"{log.name} is shorter than at the last checkpoint; remove the folder to start over")
         log.truncate(progress["log_bytes"])
     return progress
 
@@ -769,7 +759,7 @@ def set_up(args):
 def train_step(args, images, online, target, optimizer, step):
     """Step 0, 1, ... of the run. Returns loss, y, z, q of both views of this process's share of the batch."""
     views = load_views(images, step, args)
-    with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp):
+    with torch.autocast(views.device.type, torch.bfloat16, enabled=args.amp):
         y, z, q = (t.float() for t in online(views))
         if args.loss != "simclr":
             with torch.no_grad():
@@ -791,12 +781,11 @@ def train_step(args, images, online, target, optimizer, step):
         keys = F.normalize(torch.cat([gather(t1), gather(t2)]))
         place = torch.arange(len(keys), device=keys.device) + step * len(keys)
         target.queue.index_copy_(0, place % QUEUE, keys)
-    return loss.detach(), y.detach(), z.detach(), q.detach()
+    return [t.detach() for t in (loss, y, z, q)]
 
 
 def begin(argv):
-    """All that comes before the first step: flags, images, (online, target, optimizer), log (process 0's
-    alone)."""
+    """What the first step needs: flags, images, (online, target, optimizer), on process 0 the log."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     args = parse_arguments(argv)
