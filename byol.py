@@ -903,3 +903,5 @@ def main(argv):
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    if WORLD > 1:
+        dist.destroy_process_group()    # whose threads can otherwise abort a process at its exit
