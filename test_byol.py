@@ -154,19 +154,15 @@ def refused(capsys, status, *flags):
 # ---------------------------------------------------------------------------------------------- resnet_norms
 
 
-def test_resnet_equals_torchvision():
+def test_resnet_equals_torchvision(monkeypatch):
+    for draw in ("kaiming_uniform_", "uniform_"):       # of the layers, in vain: both networks draw anew
+        monkeypatch.setattr(nn.init, draw, lambda t, *_, **__: t)
+    torch.manual_seed(0)
     theirs = torchvision.models.resnet18()
     theirs.fc = nn.Identity()
+    torch.manual_seed(0)
     ours = resnet_norms.resnet18("bn", 64, "imagenet")
-    fresh = {name: t.clone() for name, t in ours.state_dict().items()}
-    assert list(fresh) == list(theirs.state_dict())
-    for name, t in theirs.state_dict().items():         # the same initialisation, other random numbers
-        if t.ndim == 4:
-            assert fresh[name].std().item() == pytest.approx(t.std().item(), rel=0.05)
-            assert abs(fresh[name].mean()) < 5 * t.std() / t.numel() ** 0.5
-        else:
-            assert torch.equal(fresh[name], t)
-    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     x = torch.randn(2, 3, 64, 64)
     for mode in (True, False):
         assert torch.equal(ours.train(mode)(x), theirs.train(mode)(x))
@@ -220,25 +216,20 @@ def test_group_norm_has_half_as_many_groups_as_the_network_is_wide():
 def test_weight_standardization():
     conv = resnet_norms.WSConv2d(3, 5, 3, padding=1).double()
     x = torch.randn(2, 3, 8, 8).double()
-    out = conv(x)
-    w = conv.weight
+    w, ours = conv.weight, conv(x)
     standard = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), correction=0, keepdim=True)
-    assert torch.allclose(out, F.conv2d(x, standard, conv.bias, padding=1))
-    out.square().sum().backward()
-    gradient = conv.weight.grad.flatten(1)
-    assert gradient.abs().sum() > 1
-    # the output does not depend on a channel's mean or scale, so the gradient has no part along either
-    assert gradient.sum(1).abs().max() < 1e-8 * gradient.abs().max()
-    assert (gradient * w.flatten(1)).sum(1).abs().max() < 1e-8 * gradient.abs().max()
+    theirs = F.conv2d(x, standard, conv.bias, padding=1)
+    gradients = [torch.autograd.grad(out.square().sum(), w) for out in (ours, theirs)]
+    torch.testing.assert_close([ours, *gradients[0]], [theirs, *gradients[1]])
+    scale = 10.0 ** torch.arange(-8, 12, 4)[:, None, None, None]
     with torch.no_grad():
-        scale = 10.0 ** torch.arange(-8, 12, 4)[:, None, None, None]
-        conv.weight.add_(torch.randn(5, 1, 1, 1)).mul_(scale)
-    assert torch.allclose(conv(x), out, rtol=1e-6)
-    nn.init.constant_(conv.weight, 0.3)
-    conv.zero_grad()
-    conv(x).square().sum().backward()
-    assert torch.allclose(conv(x), conv.bias[:, None, None].expand(2, 5, 8, 8))
-    assert torch.isfinite(conv.weight.grad).all()
+        w.add_(torch.randn(5, 1, 1, 1)).mul_(scale)
+    assert torch.allclose(conv(x), ours, rtol=1e-6)
+    nn.init.constant_(w, 0.3)
+    flat = conv(x)
+    flat.square().sum().backward()
+    assert torch.allclose(flat, conv.bias[:, None, None].expand(2, 5, 8, 8))
+    assert torch.isfinite(w.grad).all()
 
 
 # ---------------------------------------------------------------------------------------------- lars
@@ -292,48 +283,41 @@ def test_lars_zero_norms_have_rate_one():
     assert torch.allclose(zero_grad, torch.full((3,), 1 - 0.5 * 0.1))
 
 
-@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
-def test_lars_goes_on_where_it_was(way):
-    straight, resumed = small_model(), small_model()
+def test_lars_goes_on_where_it_was():
+    """From pickle, as copy.deepcopy does it too, and from a state_dict."""
     make = lambda model: lars.LARS(lars.param_groups(model, 1e-3), 0.1)
-    run_steps(straight, make(straight), 6)
+    straight, resumed = small_model(), small_model()
+    run_steps(straight, make(straight), 9)
     first = make(resumed)
     run_steps(resumed, first, 3)
-    if way == "state_dict":
-        second = make(resumed)
-        second.load_state_dict(first.state_dict())
-    elif way == "deepcopy":
-        resumed, second = copy.deepcopy((resumed, first))
-    else:
-        resumed, second = pickle.loads(pickle.dumps((resumed, first)))
+    resumed, second = pickle.loads(pickle.dumps((resumed, first)))
     assert second.rates == {}
     run_steps(resumed, second, 3, first=3)
+    third = make(resumed)
+    third.load_state_dict(second.state_dict())
+    run_steps(resumed, third, 3, first=6)
     torch.testing.assert_close([*straight.parameters()], [*resumed.parameters()], rtol=0, atol=0)
-    assert len(second.rates) == 2
+    assert len(second.rates) == len(third.rates) == 2
 
 
 def test_lars_is_a_torch_optimizer():
     used, unused, late = (nn.Parameter(torch.ones(2)) for _ in range(3))
     optimizer = lars.LARS([used, unused], lr=1.0, momentum=0.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
-    added = []
 
     def closure():
         optimizer.zero_grad()
-        loss = (used * torch.tensor([3.0, 4.0])).sum() + sum(p.sum() for p in added)
+        loss = 3 * used.sum() + late.sum()
         loss.backward()
         return loss
 
-    assert optimizer.step(closure).item() == 7
-    step = 1e-3 * math.sqrt(2) / 5
-    assert torch.allclose(used, torch.tensor([1 - 3 * step, 1 - 4 * step]))
-    assert torch.equal(unused, torch.ones(2)) and unused not in optimizer.state
+    assert optimizer.step(closure).item() == 8
     schedule.step()
-    added.append(late)
     optimizer.add_param_group(dict(params=[late], lars=False, lr=0.25))
     optimizer.step(closure)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert torch.allclose(used, torch.tensor((1 - 1e-3) * (1 - 1e-4)))     # rates of 1, then 0.1
     assert torch.equal(late, torch.full((2,), 0.75)) and set(optimizer.rates) == {used}
+    assert torch.equal(unused, torch.ones(2)) and unused not in optimizer.state
 
 
 @pytest.mark.parametrize("bad", [dict(lr=-1), dict(lr=9e999), dict(lr=1, momentum=math.nan)])
@@ -374,17 +358,10 @@ def test_param_groups_of_the_networks_find_every_norm():
         assert all((p.ndim > 1) == group["lars"] == (group["weight_decay"] > 0) for _, p in group["params"])
 
 
-@pytest.mark.parametrize("code", [
-    "import lars, torch; m = torch.nn.Linear(2, 2); o = lars.LARS(lars.param_groups(m, 1e-6), 0.2)"
-    "; m(torch.ones(1, 2)).sum().backward(); o.step(); assert set(o.rates) == {'weight'}",
-    "import resnet_norms, torch; y = resnet_norms.resnet18('gn+ws', 8, 'cifar')(torch.ones(1, 3, 16, 16))"
-    "; assert y.shape == (1, 64)",
-])
-def test_copied_alone(code, tmp_path):
-    name = code.split(",")[0].split()[1]
-    shutil.copy(HERE / f"{name}.py", tmp_path)
-    alone = "import sys; sys.modules['torchvision'] = sys.modules['numpy'] = None; "
-    subprocess.run([sys.executable, "-c", alone + code], cwd=tmp_path, check=True)
+@pytest.mark.parametrize("name", ["lars", "resnet_norms"])
+def test_needs_torch_alone(name):
+    imports = re.findall(r"^ *(?:import|from(?=.* import)) (\w+)", (HERE / f"{name}.py").read_text(), re.M)
+    assert set(imports) <= {*sys.stdlib_module_names, "torch", name}
 
 
 # ---------------------------------------------------------------------------------------------- views
@@ -421,39 +398,30 @@ def test_views_are_the_composition_of_torchvisions(size):
 
 
 def test_drawn_parameters_have_torchvisions_distribution():
-    n, side = 4000, 40
+    n, side, transforms = 4000, 40, torchvision.transforms
     params, _ = drawn_views(n, side, 96)
+    height, width, on, blurred = params["height"], params["width"], params["hue"] != 0, params["sigma"] > 0
     torch.manual_seed(0)
-    blank, crop = torch.empty(3, side, side), torchvision.transforms.RandomResizedCrop
-    crops = np.array([crop.get_params(blank, [0.2, 1], [3 / 4, 4 / 3]) for _ in range(n)])
-    ours = torch.stack([params[name] for name in ("top", "left", "height", "width")], 1).numpy()
-    for column in range(4):
-        assert ks_2samp(ours[:, column], crops[:, column]).pvalue > 1e-3
-    assert ks_2samp(ours[:, 2] * ours[:, 3], crops[:, 2] * crops[:, 3]).pvalue > 1e-3
-    jitter = torchvision.transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    limits = jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
-    drawn = np.array([jitter.get_params(*limits)[1:] for _ in range(n)])
-    on = params["hue"] != 0
+    area, ratio, image = [0.2, 1], [3 / 4, 4 / 3], torch.empty(3, side, side)
+    crops = np.array([transforms.RandomResizedCrop.get_params(image, area, ratio) for _ in range(n)])
+    limits = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]
+    jitters = np.array([transforms.ColorJitter.get_params(*limits)[1:] for _ in range(n)])
+    sigmas = [transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(n)]
+    pairs = [(params[name], crops[:, i]) for i, name in enumerate(("top", "left", "height", "width"))]
+    pairs += [(params[name][on], jitters[:, i]) for i, name in enumerate(byol.JITTER)]
+    pairs += [(height * width, crops[:, 2] * crops[:, 3]), (params["sigma"][blurred], sigmas)]
+    assert all(ks_2samp(ours, theirs).pvalue > 1e-3 for ours, theirs in pairs)
     assert torch.equal(on, params["brightness"] != 1)
-    for i, name in enumerate(byol.JITTER):
-        assert ks_2samp(params[name][on].numpy(), drawn[:, i]).pvalue > 1e-3
-    blurred = params["sigma"] > 0
-    sigmas = [torchvision.transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(n)]
-    assert ks_2samp(params["sigma"][blurred].numpy(), sigmas).pvalue > 1e-3
     for applied, p in ((on, 0.8), (params["flip"] > 0, 0.5), (params["gray"] > 0, 0.2), (blurred, 0.5)):
         assert applied.float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
 
 
-def test_views_depend_on_seed_and_step_alone(shapes):
-    def views(seed, step):
-        args = byol.parse_arguments(["--batch-size", "4", "--seed", str(seed)])
-        return byol.load_views(shapes.train, step, args)
-
-    first = views(0, 5)
-    assert not torch.equal(first, views(0, 6)) and not torch.equal(first, views(1, 5))
-    assert torch.equal(first, views(0, 5))
-    one, other = first.chunk(2)
-    assert not torch.equal(one, other)
+def test_views_depend_on_seed_and_step(shapes):
+    same, halves = shapes.train[:1].expand(8, -1, -1, -1), []
+    for seed, step in ((0, 5), (0, 6), (1, 5)):
+        args = byol.parse_arguments(f"--batch-size 4 --seed {seed}".split())
+        halves += byol.load_views(same, step, args).chunk(2)
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(halves, 2))
 
 
 def test_an_epoch_has_each_image_once():
@@ -461,35 +429,20 @@ def test_an_epoch_has_each_image_once():
     assert sorted(order.tolist()) == list(range(100)) and not torch.equal(order, byol.image_order(100, 0, 4))
 
 
-def test_a_step_launches_few_operations(shapes):
-    flags = f"{GN} --opt lars --width 64 --stem imagenet --size 96 --batch-size 2 --steps 9"
-    args = byol.parse_arguments(flags.split())
-    online, target, optimizer = byol.set_up(args)
-    byol.train_step(args, shapes.train, online, target, optimizer, 0)
-    with bench.Count() as views:
-        byol.load_views(shapes.train, 1, args)
-    with bench.Count() as update:
-        optimizer.step()
-    assert views.n < 300 and update.n < 40
-
-
 # -------------------------------------------------------------------------------------- losses, EMA, metrics
 
 
 def test_losses_follow_their_formulas():
-    q1, q2, t1, t2 = torch.randn(4, 10, 16).double()
+    q1, q2, t1 = torch.randn(3, 10, 16).double()
     cos = F.cosine_similarity
-    assert byol.byol_loss(q1, t1).item() == pytest.approx((1 - cos(q1, t1)).mean().item())
     queue = F.normalize(torch.randn(32, 16).double())
     logits = torch.cat([cos(q1, t1)[:, None], cos(q1[:, None], queue[None], dim=2)], 1) / 0.2
     expected = F.cross_entropy(logits, torch.zeros(10).long())
     assert byol.moco_loss(q1, t1, queue).item() == pytest.approx(expected.item())
     z = torch.cat([q1, q2])
-    total = 0
-    for i in range(20):
-        sims = torch.exp(cos(z[i : i + 1], z) / 0.2)
-        total -= torch.log(sims[(i + 10) % 20] / (sims.sum() - sims[i])).item() / 20
-    assert byol.simclr_loss(q1, q2).item() == pytest.approx(total)
+    logits = (cos(z[:, None], z[None], dim=2) / 0.2).fill_diagonal_(-math.inf)
+    expected = F.cross_entropy(logits, (torch.arange(20) + 10) % 20)
+    assert byol.simclr_loss(q1, q2).item() == pytest.approx(expected.item())
 
 
 def test_loss_distance_and_common_are_exact_near_collapse():
@@ -506,7 +459,6 @@ def test_loss_distance_and_common_are_exact_near_collapse():
         pairs = pairs.sum() / (2 * 32 * 31)
         assert metrics["rep_dist"] == pytest.approx(pairs.item(), rel=0.02)
         assert metrics["common"] == pytest.approx(1 - exact / pairs.item(), abs=0.02)
-        assert metrics["common"] == pytest.approx(1 - own, abs=0.2)
     dead = byol.collapse_metrics(*[torch.ones(32, 64)] * 4)
     assert dead["rep_dist"] == dead["common"] == 0
     assert all(map(math.isfinite, byol.collapse_metrics(*[torch.zeros(32, 64)] * 4).values()))
@@ -518,7 +470,6 @@ def test_collapse_metrics():
     off = ~torch.eye(12, dtype=torch.bool)
     pairs = [F.cosine_similarity(z[:, None], z[None], dim=2)[off].mean().item() for z in (z1, z2)]
     assert metrics["neg_cos"] == pytest.approx(sum(pairs) / 2, abs=1e-5)
-    assert metrics["rep_dist"] == pytest.approx(1 - sum(pairs) / 2, abs=1e-5)
     assert metrics["pos_cos"] == pytest.approx(F.cosine_similarity(z1, z2).mean().item(), abs=1e-5)
     assert metrics["y_std"] == pytest.approx(F.normalize(y).std(0).mean().item() * 40**0.5, rel=1e-5)
     assert metrics["z_norm"] == pytest.approx(torch.cat([z1, z2]).norm(dim=1).mean().item(), rel=1e-5)
@@ -544,13 +495,10 @@ def test_live_units_are_on_for_some_and_off_for_others():
     assert metrics["q_norm"] == pytest.approx(q.norm(dim=1).mean().item())
 
 
-@pytest.mark.parametrize("distances, states", [
-    ([0.5, 0.02, 0.002], "healthy healthy healthy"),
-    ([0.5, 9e-4, 0.009, 0.011, 0.002, 1e-4], "healthy collapsed collapsed recovered recovered collapsed"),
-])
-def test_collapse_state(distances, states):
-    seen = itertools.accumulate(distances, byol.collapse_state, initial="untrained")
-    assert list(seen)[1:] == states.split()
+def test_collapse_state():
+    distances = [0.5, 0.02, 0.002, 9e-4, 0.009, 0.011, 0.002, 1e-4]
+    states = "untrained healthy healthy healthy collapsed collapsed recovered recovered collapsed"
+    assert list(itertools.accumulate(distances, byol.collapse_state, initial="untrained")) == states.split()
 
 
 def test_schedules():
@@ -559,7 +507,6 @@ def test_schedules():
     assert rates[9] == pytest.approx(2.0) == max(rates)
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
-    assert byol.rate(0, 100, 2.0, 0.0) == 2.0
     assert [byol.tau(step, 100, 0.9) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 
@@ -597,10 +544,9 @@ def test_step_equals_the_plain_one(norms, shapes):
             group.update(lr=0.1 * (1 + math.cos(math.pi * step / 20)), fused=None)
         plain_optimizer.step()
         tau = 1 - 0.002 * (1 + math.cos(math.pi * step / 20))
-        moved, fast = dict(target.named_parameters()), dict(plain.named_parameters())
-        assert moved.keys() == {name for name in fast if not name.startswith("prediction")}
-        for name, slow in plain_target.named_parameters():
-            assert torch.allclose(tau * slow + (1 - tau) * fast[name], moved[name], rtol=1e-4, atol=1e-5)
+        fast, slow = dict(plain.named_parameters()), dict(plain_target.named_parameters())
+        moved = {name: tau * slow[name] + (1 - tau) * fast[name] for name in slow}
+        torch.testing.assert_close(dict(target.named_parameters()), moved, rtol=1e-4, atol=1e-5)
         assert loss.item() == pytest.approx(plain_loss.item(), rel=5e-6, abs=1e-6)
         assert (flat(online) - flat(plain)).norm() < 2e-2 * (flat(plain) - before).norm()
 
@@ -645,21 +591,18 @@ def test_linear_accuracy_is_scikit_learns():
 
 
 def test_linear_accuracy_does_not_read_rounding():
-    def features(labels, size):
-        """Classes that stand well apart, `size` times as large as what all images share."""
-        own = centres[labels] + 0.5 * torch.randn(len(labels), 32, generator=rng)
-        return (common + size * own).float()
-
+    """Of classes that stand well apart, `size` times as far as what all images share is long."""
     rng = torch.Generator().manual_seed(0)
-    centres, common = torch.randn(10, 32, generator=rng), 1 + torch.rand(32, generator=rng)
-    train, test = torch.arange(10).repeat(100), torch.arange(10).repeat(30)
-    accuracy = {size: byol.linear_accuracy(features(train, size), train, features(test, size), test)
-                for size in (1, 1e-3, 1e-6)}
-    assert accuracy[1] > 95 and accuracy[1e-3] > 95
-    assert accuracy[1e-6] == 10             # though there is enough of it left in fp32, as seen here:
-    x, y = features(train, 1e-6), features(test, 1e-6)
-    weight, bias = byol.fit_linear((x - x.mean(0)).double() * 1e6, train)
-    assert (((y - x.mean(0)).double() * 1e6 @ weight + bias).argmax(1) == test).double().mean() > 0.8
+    labels = torch.arange(10).repeat(130)
+    own = torch.randn(10, 32, generator=rng)[labels] + 0.5 * torch.randn(1300, 32, generator=rng)
+    common = 1 + torch.rand(32, generator=rng)
+
+    def accuracy(x):
+        return byol.linear_accuracy(x[:1000], labels[:1000], x[1000:], labels[1000:])
+
+    assert accuracy(common + own) > 95 and accuracy(common + 1e-3 * own) > 95
+    tiny = common + 1e-6 * own
+    assert accuracy(tiny) == 10 and accuracy(tiny - common) > 80       # though there is enough left in fp32
 
 
 def test_evaluation_leaves_the_encoder_alone_and_sees_no_test_label(shapes):
@@ -681,12 +624,9 @@ def load(data, data_dir="data", size=16):
 
 
 def test_shapes(shapes):
-    assert shapes.train.shape == (10000, 3, 32, 32)
-    assert shapes.train.dtype == torch.uint8
-    assert len(shapes.test) == 2000
+    assert shapes.train.shape == (10000, 3, 32, 32) and shapes.train.dtype == torch.uint8
     assert shapes.train_labels.bincount().tolist() == [1000] * 10
     assert shapes.test_labels.bincount().tolist() == [200] * 10
-    assert all(torch.equal(a, b) for a, b in zip(shapes[:4], load("shapes")[:4]))
     assert not torch.equal(shapes.train[:200], shapes.test[:200])
     images = shapes.train, shapes.test
     colours = [torch.cat([t.float().mean((2, 3)), t.float().std((2, 3))], 1) for t in images]
@@ -698,16 +638,13 @@ def test_stl10_in_its_binary_format(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
     root = tmp_path / "stl10_binary"
     root.mkdir()
-    rng, pixels = np.random.default_rng(0), {}
-    for split, n in (("train", 6), ("unlabeled", 5), ("test", 4)):
-        pixels[split] = rng.integers(0, 256, (n, 3, 96, 96), dtype=np.uint8)
-        pixels[split].transpose(0, 1, 3, 2).tofile(root / f"{split}_X.bin")     # by columns on disk
-    for split, labels in (("train", [1, 2, 3, 10, 5, 6]), ("test", [4, 3, 2, 1])):
-        np.array(labels, dtype=np.uint8).tofile(root / f"{split}_y.bin")
-    (root / "class_names.txt").write_text("\n".join("abcdefghij"))
+    pixels = np.random.default_rng(0).integers(0, 256, (15, 3, 96, 96), dtype=np.uint8)
+    for split, x in zip(("train", "unlabeled", "test"), np.split(pixels, [6, 11])):
+        x.transpose(0, 1, 3, 2).tofile(root / f"{split}_X.bin")     # by columns on disk
+    (root / "train_y.bin").write_bytes(bytes([1, 2, 3, 10, 5, 6]))
+    (root / "test_y.bin").write_bytes(bytes([4, 3, 2, 1]))
     images = load("stl10", tmp_path)
-    assert np.array_equal(images.train, np.concatenate([pixels["train"], pixels["unlabeled"]]))
-    assert np.array_equal(images.test, pixels["test"])
+    assert np.array_equal(images.train, pixels[:11]) and np.array_equal(images.test, pixels[11:])
     assert images.train_labels.tolist() == [0, 1, 2, 9, 4, 5] and images.test_labels.tolist() == [3, 2, 1, 0]
 
 
@@ -760,12 +697,11 @@ def test_bad_folders(folder, tmp_path, capsys, monkeypatch):
     blank = Image.new("RGB", (32, 32))
     (tmp_path / "empty").mkdir()
     assert "train" in refuse("empty") and "folder" in refused(capsys, 2, "--data", "folder:")
-    for split in ("train", "test"):
-        save_image(tmp_path / "single" / split / "cat" / "0.png", blank)
-    assert "classes" in refuse("single")
-    shutil.copytree(folder, tmp_path / "odd")
-    save_image(tmp_path / "odd" / "test" / "eel" / "0.png", blank)
-    assert "classes" in refuse("odd")
+    for path in ("train/cat", "test/cat"):
+        save_image(tmp_path / "few" / path / "0.png", blank)
+    assert "classes" in refuse("few")
+    save_image(tmp_path / "few/train/eel/0.png", blank)
+    assert "classes" in refuse("few")
     shutil.copytree(folder, tmp_path / "broken")
     broken = min((tmp_path / "broken" / "train").rglob("*.png"))
     whole = broken.read_bytes()
@@ -791,8 +727,10 @@ def test_run_writes_what_it_promises(flags, folder, tmp_path, capsys):
     flags = [*TINY, "--data", f"folder:{folder}", *flags.split()]
     flags += [] if "--epochs" in flags else ["--steps", "5", "--eval-every", "3"]
     a, b = tmp_path / "a", tmp_path / "b"
-    for out in (a, b):
-        main(*flags, "--out", out)
+    main(*flags, "--out", a)
+    b.mkdir()
+    shutil.copy(a / "config.json", b)                   # what a kill right at the start leaves
+    main(*flags, "--out", b)
     assert same_run(a, b) and sorted(os.listdir(a)) == ["config.json", "encoder.pt", "metrics.jsonl"]
     training = [line for line in log(a) if "loss" in line]
     evaluations = [line for line in log(a) if "accuracy" in line]
@@ -818,23 +756,6 @@ def test_run_writes_what_it_promises(flags, folder, tmp_path, capsys):
     assert config["versions"]["torch"] == torch.__version__
     encoder = resnet_norms.resnet18(config["flags"]["enc_norm"], 4, "cifar")
     encoder.load_state_dict(torch.load(a / "encoder.pt", weights_only=True))
-
-
-def test_random_features_load_into_torchvision(folder, tmp_path):
-    flags = "--width 64 --stem imagenet --batch-size 4 --steps 0 --out".split()
-    flags = ["--data", f"folder:{folder}", *flags, tmp_path / "r"]
-    main(*flags)
-    for name in ("metrics.jsonl", "encoder.pt"):        # a kill right after config.json leaves it alone
-        (tmp_path / "r" / name).unlink()
-    main(*flags)
-    (line,) = log(tmp_path / "r")
-    assert line["step"] == 0 and line["state"] == "untrained"
-    torch.manual_seed(0)
-    fresh = resnet_norms.resnet18().state_dict()
-    saved = torch.load(tmp_path / "r" / "encoder.pt", weights_only=True)
-    assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
-    missing = torchvision.models.resnet18().load_state_dict(saved, strict=False)
-    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
 
 
 def test_a_folder_is_named_by_what_differs_from_the_defaults():
@@ -875,27 +796,18 @@ def test_what_is_not_resumed(folder, tmp_path, capsys):
     metrics, checkpoint, config = (out / name for name in ("metrics.jsonl", "checkpoint.pt", "config.json"))
     assert "lr 0.2, not 0.1" in refused(capsys, 2, *flags, "--lr", "0.1", "--out", out)
 
-    def damaged(path, content):
-        whole = path.read_bytes()
-        path.write_bytes(content(whole))
+    whole = checkpoint.read_bytes()
+    damaged = [(checkpoint, whole[: tenths * len(whole) // 10]) for tenths in (0, 3, 6, 9)]
+    damaged += [(metrics, metrics.read_bytes()[:100]), (config, config.read_bytes()[:100])]
+    damaged += [(checkpoint, f"cos\nmkdir\n(V{tmp_path}/executed\ntR.".encode())]       # a pickle of a call
+    for path, content in damaged:
+        before = path.read_bytes()
+        path.write_bytes(content)
         assert str(path) in refused(capsys, 1, *flags, "--out", out)
-        path.write_bytes(whole)
-
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    damaged(metrics, lambda whole: whole[:100])
-    damaged(config, lambda whole: whole[:100])
-    for tenths in (0, 3, 6, 9):
-        damaged(checkpoint, lambda whole: whole[: tenths * len(whole) // 10])
-    damaged(checkpoint, lambda whole: pickle.dumps(Malicious()))
+        path.write_bytes(before)
     assert not (tmp_path / "executed").exists()
     min((root / "train").rglob("*.png")).unlink()
     assert "images" in refused(capsys, 2, *flags, "--out", out)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("\n")
-    assert "neither empty" in refused(capsys, 2, *TINY, "--out", tmp_path / "mine")
     config.unlink()
     assert "neither empty" in refused(capsys, 2, *flags, "--out", out)
 
@@ -1002,11 +914,6 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(folder, tmp_path, capsys):
     assert "processes 2, not 1" in refused(capsys, 2, *flags, "--out", killed)
     two_processes(*flags, "--out", killed)
     assert same_run(straight, killed)
-
-
-def test_processes_without_torchrun(monkeypatch, capsys):
-    monkeypatch.setattr(byol, "WORLD", 2)
-    assert "torchrun" in refused(capsys, 2, *TINY)
 
 
 # ---------------------------------------------------------------------------------------------- run_all.sh
@@ -1136,12 +1043,13 @@ NOT_NEGATIVE = "--steps --epochs --seed --weight-decay --ema --warmup --eval-eve
     ("--data imagenet", "--data"), ("--data folder:/nowhere/at/all", "folder:/nowhere/at/all"),
     *((f"--data {data} --data-dir nowhere", "--download") for data in ("cifar10", "stl10", "fashion-mnist")),
     ("--batch-size 10001", "--batch-size"),
-    ("--loss moco --batch-size 2049", "--batch-size"), ("--sync-bn", "--sync-bn"),
+    ("--loss moco --batch-size 2049", "--batch-size"), ("--sync-bn", "--sync-bn"), ("", "torchrun"),
     ("--device tpu", "--device"), ("--device mps", "--device"), ("--device cuda:99", "--device"),
 ])
 def test_wrong_usage(flags, word, shapes, capsys, tmp_path, monkeypatch):
     drawn = {1000: (shapes.train, shapes.train_labels), 200: (shapes.test, shapes.test_labels)}
     monkeypatch.setattr(byol, "draw_shapes", lambda n, seed: drawn[n])          # once for all of these
+    monkeypatch.setattr(byol, "WORLD", 2 if word == "torchrun" else 1)
     assert word in refused(capsys, 2, *flags.split(), "--out", tmp_path / "out")
 
 
@@ -1155,8 +1063,7 @@ def test_a_diverged_run(folder, tmp_path, capsys, monkeypatch):
     assert "nan at step 6" in refused(capsys, 1, *flags)    # before a checkpoint would hold it
 
 
-FLAGS = """enc-norm width loss opt lars-layers lars-on lr lr-mult weight-decay warmup steps epochs batch-size
-seed device threads sync-bn amp log-every eval-every checkpoint-every out data data-dir size""".split()
+FLAGS = sorted({name.replace("_", "-") for name in vars(byol.parse_arguments([]))} - {"compile", "download"})
 HOSTILE = r"""0 1 -1 3 nan inf 1e-9 1e308 999999999999999999999999999999 0x10 -- --lr lars simclr moco gn meta
 folder: folder:. [ .{1}{2 a{9999999999} layer=1e300 = ==1 layer1=-1 .=0 conv=nan ../up a/../b ~ $HOME 😀
 /dev/null""".split()
@@ -1178,18 +1085,16 @@ def test_hostile_values(flags, folder, tmp_path_factory, monkeypatch):
     tiny.append(f"--data=folder:{folder}")
     tiny += [] if {"steps", "epochs"} & {name for name, _ in flags} else ["--steps=1"]
     tiny += [f"--{name}" if name in ("amp", "sync-bn") else f"--{name}={value}" for name, value in flags]
-    threads, errors = torch.get_num_threads(), io.StringIO()
+    status, errors = 0, io.StringIO()
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8")
     try:
-        output = io.TextIOWrapper(io.BytesIO(), "utf-8")
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
             byol.main(tiny)
-        assert not errors.getvalue()
     except SystemExit as end:
-        assert end.code in (1, 2)
-        assert errors.getvalue().count("\n") == 1
-        assert errors.getvalue().startswith("byol.py: ")
-    finally:
-        torch.set_num_threads(threads)
+        status = end.code
+    torch.set_num_threads(1)
+    assert status in (0, 1, 2)
+    assert re.fullmatch("byol.py: .*\n" if status else "", errors.getvalue())
     paths = [("out", "run"), ("data-dir", "decoded"), *flags]
     asked = [value for name, value in paths if name in ("out", "data-dir")]
     for path in root.rglob("*"):
@@ -1236,10 +1141,7 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path, monke
         assert other[-2]["q_norm"] == pytest.approx(2800, rel=0.1)
 
 
-BENCHED = ["", f"{GN} --opt lars --loss simclr --amp", pytest.param("--device cuda", marks=GPU)]
-
-
-@pytest.mark.parametrize("flags", BENCHED)
+@pytest.mark.parametrize("flags", ["", f"{GN} --opt lars --amp", pytest.param("--device cuda", marks=GPU)])
 def test_bench_times_every_part(flags, capsys, monkeypatch):
     timer = bench.timer
     monkeypatch.setattr(bench, "timer", lambda *work: lambda n: timer(*work)(1))
@@ -1250,7 +1152,8 @@ def test_bench_times_every_part(flags, capsys, monkeypatch):
         assert 0 < least <= median <= most
         assert over_step_and_samples[3] == pytest.approx(8000 / median)
     assert figures["step"][3:6] == [1, 1, 1]
-    assert 0 < figures["operations of images and views"] < figures["operations of step"]
+    assert 0 < figures["operations of images and views"] < min(300, figures["operations of step"])
+    assert "lars" not in flags or figures["operations of optimizer"] < 40
     assert figures["peak MiB"] > 10
 
 
@@ -1266,14 +1169,11 @@ DISTANCES = {  # at steps 1 to 100
 # Of each claim's runs, in the order of report.CLAIMS: DISTANCES, accuracy (random features: 20), and `flat`
 # where neither the loss nor anything in the layers changes. The first bears the claim out, the others do not.
 EVIDENCE = """
-C1  back 40 | down 40 | back 21 | back 40 flat
-C2  healthy 40, back 30 | healthy 30, back 40 | back 40, back 30
-C3  healthy 40, back 30 | back 40, back 30 | healthy 40, back 41
-C4  down 20 | down-late 20 | back 20 | healthy 20
-C5  healthy 40 | back 40 | healthy 21
+C1,D1 back 40 | down 40 | back 21 | back 40 flat | healthy 30
+C2,C3 healthy 40, back 30 | healthy 30, back 40 | back 40, back 30
+C4,C7 down 20 | down-late 20 | back 20 | healthy 20
+C5,B3 healthy 40 | back 40 | healthy 21 | down 30
 C6  back 30, healthy 40 | down 30, healthy 40 | back 50, healthy 40 | healthy 30, healthy 40
-C7  down 20 | healthy 30 | back 20
-D1  back 30 | down 30 | back 30 flat | healthy 30
 D2  down-again 30 | down 30
 D3  down 20, down 20 | back 20, down 20
 D4  back 30 | back 30 flat | down 30
@@ -1283,9 +1183,7 @@ D7  back-far 30, healthy 30, down 30 | back 30, back-far 30, down 30 | healthy 3
 D8  down 20 | down-again 20
 D9  down-again 20 | down 20 | back 20
 D10 back 30, down-late 20 | back 30, back 20 | down-again 30, down 20
-B1  down 20 | down 30
-B2  down 20 | down 30
-B3  healthy 30 | down 30 | healthy 20
+B1,B2 down 20 | down 30
 B4  healthy 30, healthy 30 | healthy 30, down 30
 B5  down 30 | healthy 30
 X1  healthy 31, healthy 40 | healthy 29, healthy 40 | down 31, healthy 40
@@ -1317,8 +1215,8 @@ def write_run(folder, ending, run):
 
 @pytest.mark.parametrize("claim", list(report.CLAIMS))
 def test_verdicts_can_fail_and_flip(claim, tmp_path):
-    rows = dict(row.split(maxsplit=1) for row in EVIDENCE.strip().splitlines())
-    holds, *fails = rows[claim].split(" | ")
+    rows = [row.split(maxsplit=1) for row in EVIDENCE.strip().splitlines()]
+    holds, *fails = next(runs for claims, runs in rows if claim in claims.split(",")).split(" | ")
 
     def cells(folder, *seeds, switch=""):
         for seed, runs in enumerate(seeds):
@@ -1358,48 +1256,14 @@ def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
         report.main([str(tmp_path / "nowhere")])
 
 
-NOTES = """# Title
-It ends with {{a-code accuracy}} %, back at {{a-code back}}, {{a-code lowest}} at the lowest.
-| C4 | collapses | {{verdict C4}} |
-{{figure one
-Both
-distance rate
-the first: a-code
-the second: map-b-0.2-code
-}}
-{{figure maps
-Maps
--
-the map: map-b- code weight_decay
-}}
-{{figure claims
-Claims
--
-}}
-{{figure scores
-Scores
--
-}}
-{{first steps}}{{early sign}}{{runs}}{{machines}}
-"""
-
-
-def test_the_studys_page_is_written_alike_each_time(tmp_path, monkeypatch):
+def test_the_studys_page_is_what_the_logs_say(tmp_path, monkeypatch):
+    """results/README.md is, to the byte, what report.py makes of results/runs and results/notes.md."""
     monkeypatch.setattr(report, "HERE", tmp_path)
-    for i in range(3):
-        write_run(tmp_path / "runs", f"-code-s{i}", f"a back {30 + i}")
-        write_run(tmp_path / "runs", f"-code-s{i}", "map-b-0.2 down 20")
-    (tmp_path / "notes.md").write_text(NOTES)
+    (tmp_path / "runs").symlink_to(HERE / "results" / "runs")
+    shutil.copy(HERE / "results" / "notes.md", tmp_path)
     report.main([])
-    first = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    report.main([])
-    assert first == {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    text = (tmp_path / "README.md").read_text()
-    assert "It ends with 31.0 [30.0, 32.0] %, back at 61, 1e-06 at the lowest." in text
-    assert "| C4 | collapses | not run | not run | not run |" in text
-    assert "| a-code | came back (0, 1, 2), 31.0 [30.0, 32.0] % | `python byol.py` |" in text
-    assert "| 0 to 2 | no | 3 | 3 |" in text
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"one", "maps", "claims", "scores"}
+    assert (tmp_path / "README.md").read_text() == (HERE / "results" / "README.md").read_text()
+    assert sorted(os.listdir(tmp_path / "figures")) == sorted(os.listdir(HERE / "results" / "figures"))
 
 
 def test_run_all_runs_what_the_rules_need(tmp_path):
@@ -1441,6 +1305,8 @@ def test_readme_snippets_run(folder, tmp_path, monkeypatch):
     flags = "--enc-norm bn --width 64 --stem imagenet --batch-size 4 --steps 0 --out".split()
     main("--data", f"folder:{folder}", *flags, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
+    (line,) = log(".")
+    assert line["step"] == 0 and line["state"] == "untrained"
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     names = dict(torch=torch, torchvision=torchvision, model=model, state="untrained")
     names["loss"] = model(torch.randn(4, 3)).sum()
