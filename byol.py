@@ -383,7 +383,7 @@ def image_order(n, seed, epoch):
 
 
 def load_views(images, step, args):
-    """Both views of this process's share of the batch of step 0, 1, ..., one by one: (2N, 3, size, size)."""
+    """Both views of this process's share of the batch of step 0, 1, ..., in turn: (2N, 3, size, size)."""
     batch = args.batch_size
     share = slice(RANK * batch // WORLD, (RANK + 1) * batch // WORLD)
     epoch, place = divmod(step, len(images) // batch)
