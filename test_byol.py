@@ -284,13 +284,13 @@ def test_lars_zero_norms_have_rate_one():
 
 
 def test_lars_goes_on_where_it_was():
-    """From pickle, as copy.deepcopy does it too, and from a state_dict."""
+    """From pickle, copy.deepcopy and a state_dict."""
     make = lambda model: lars.LARS(lars.param_groups(model, 1e-3), 0.1)
     straight, resumed = small_model(), small_model()
     run_steps(straight, make(straight), 9)
     first = make(resumed)
     run_steps(resumed, first, 3)
-    resumed, second = pickle.loads(pickle.dumps((resumed, first)))
+    resumed, second = copy.deepcopy(pickle.loads(pickle.dumps((resumed, first))))
     assert second.rates == {}
     run_steps(resumed, second, 3, first=3)
     third = make(resumed)
@@ -358,10 +358,17 @@ def test_param_groups_of_the_networks_find_every_norm():
         assert all((p.ndim > 1) == group["lars"] == (group["weight_decay"] > 0) for _, p in group["params"])
 
 
-@pytest.mark.parametrize("name", ["lars", "resnet_norms"])
-def test_needs_torch_alone(name):
-    imports = re.findall(r"^ *(?:import|from(?=.* import)) (\w+)", (HERE / f"{name}.py").read_text(), re.M)
-    assert set(imports) <= {*sys.stdlib_module_names, "torch", name}
+@pytest.mark.parametrize("code", [
+    "import lars, torch; m = torch.nn.Linear(2, 2); o = lars.LARS(lars.param_groups(m, 1e-6), 0.2)"
+    "; m(torch.ones(1, 2)).sum().backward(); o.step(); assert set(o.rates) == {'weight'}",
+    "import resnet_norms, torch; y = resnet_norms.resnet18('gn+ws', 8, 'cifar')(torch.ones(1, 3, 16, 16))"
+    "; assert y.shape == (1, 64)",
+])
+def test_copied_alone(code, tmp_path):
+    name = code.split(",")[0].split()[1]
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    alone = "import sys; sys.modules['torchvision'] = sys.modules['numpy'] = None; "
+    subprocess.run([sys.executable, "-c", alone + code], cwd=tmp_path, check=True)
 
 
 # ---------------------------------------------------------------------------------------------- views
@@ -435,6 +442,7 @@ def test_an_epoch_has_each_image_once():
 def test_losses_follow_their_formulas():
     q1, q2, t1 = torch.randn(3, 10, 16).double()
     cos = F.cosine_similarity
+    assert byol.byol_loss(q1, t1).item() == pytest.approx((1 - cos(q1, t1)).mean().item())
     queue = F.normalize(torch.randn(32, 16).double())
     logits = torch.cat([cos(q1, t1)[:, None], cos(q1[:, None], queue[None], dim=2)], 1) / 0.2
     expected = F.cross_entropy(logits, torch.zeros(10).long())
@@ -470,6 +478,7 @@ def test_collapse_metrics():
     off = ~torch.eye(12, dtype=torch.bool)
     pairs = [F.cosine_similarity(z[:, None], z[None], dim=2)[off].mean().item() for z in (z1, z2)]
     assert metrics["neg_cos"] == pytest.approx(sum(pairs) / 2, abs=1e-5)
+    assert metrics["rep_dist"] == pytest.approx(1 - sum(pairs) / 2, abs=1e-5)
     assert metrics["pos_cos"] == pytest.approx(F.cosine_similarity(z1, z2).mean().item(), abs=1e-5)
     assert metrics["y_std"] == pytest.approx(F.normalize(y).std(0).mean().item() * 40**0.5, rel=1e-5)
     assert metrics["z_norm"] == pytest.approx(torch.cat([z1, z2]).norm(dim=1).mean().item(), rel=1e-5)
@@ -507,6 +516,7 @@ def test_schedules():
     assert rates[9] == pytest.approx(2.0) == max(rates)
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
+    assert byol.rate(0, 100, 2.0, 0.0) == 2.0
     assert [byol.tau(step, 100, 0.9) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 
@@ -1257,11 +1267,15 @@ def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
 
 
 def test_the_studys_page_is_what_the_logs_say(tmp_path, monkeypatch):
-    """results/README.md is, to the byte, what report.py makes of results/runs and results/notes.md."""
+    """results/README.md is, to the byte, what report.py makes of results/runs and notes.md, and the pictures
+    come alike each time."""
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "runs").symlink_to(HERE / "results" / "runs")
     shutil.copy(HERE / "results" / "notes.md", tmp_path)
     report.main([])
+    pictures = {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    report.main([])
+    assert pictures == {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     assert (tmp_path / "README.md").read_text() == (HERE / "results" / "README.md").read_text()
     assert sorted(os.listdir(tmp_path / "figures")) == sorted(os.listdir(HERE / "results" / "figures"))
 
