@@ -4,7 +4,7 @@ r"""BYOL with and without batch statistics: does it collapse, and what brings it
     python byol.py --enc-norm gn --mlp-norm none                         # no batch statistics: collapses
     python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2     # and LARS: does not stay collapsed
     python byol.py --data stl10 --download --width 64 --stem imagenet --size 96 --batch-size 256 \
-        --epochs 320 --device cuda                                       # the blog's full set-up
+        --epochs 320 --lr 0.8 --device cuda                              # the blog's full set-up
     torchrun --nproc-per-node 2 byol.py --batch-size 128                 # one run on two processes
 
 "The blog" is the post that it reproduces, Understanding self-supervised and contrastive learning with BYOL.
