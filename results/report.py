@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("code", "paper")
-STATES = ("never collapsed", "came back", "collapsed")
+STATES = {"never collapsed": "", "came back": "back", "collapsed": "down"}     # each with a map's word for it
 NAME = re.compile(r".+?(@.+)?-(code|paper)-s(\d+)")         # of a run: its switch if any, form and seed
 USEFUL = 2              # points of accuracy over the random features of the same encoder
 COMMON = 0.4            # share of what varies in z that both views have in common (0.3 until seeds 1 and 2)
@@ -30,7 +30,8 @@ LONG = 100              # mean length of q, which is 0.7 at the start
 class Run:
     """One run's folder. It falls, or collapses, when the distance goes under a hundredth of the untrained
     network's, which the first line has, and comes back over a tenth of it. A line's `share` is the median of
-    `common` there and in the two before; its `sign`, the early one, is a large share while q is not long."""
+    `common` there and in the two before; its `sign`, the early one, is a large share while q is not long.
+    It is `bare` if byol.py trained it without MLP norm and negatives, and nothing harmed it."""
 
     def __init__(self, folder):
         config = json.loads((folder / "config.json").read_text())
@@ -39,10 +40,14 @@ class Run:
         self.flags = config["flags"]
         self.command = config["command"]
         self.machine = config.get("gpu") or config.get("cpu")
-        self.accuracies = {line["step"]: line["accuracy"] for line in log if "accuracy" in line}
-        self.finished = self.flags["steps"] in self.accuracies
-        self.random = self.accuracies.get(0, math.nan)
-        self.accuracy = [math.nan, *self.accuracies.values()][-1]
+        self.name = folder.name.rpartition("-s")[0]
+        self.sample = "maps" if "/map-" in self.command else "0 to 2" if self.flags["seed"] < 3 else "others"
+        flags = dict(proj_norm="none", pred_norm="none", loss="byol")
+        self.bare = self.command.startswith("python byol.py") and flags.items() <= self.flags.items()
+        self.scores = {line["step"]: line for line in log if "accuracy" in line}
+        self.finished = self.flags["steps"] in self.scores
+        self.random = self.scores[0]["accuracy"]
+        self.accuracy = list(self.scores.values())[-1]["accuracy"]
         self.gain = self.accuracy - self.random
         self.learns = self.gain >= USEFUL
         lines = [line for line in log if "rep_dist" in line]
@@ -55,6 +60,7 @@ class Run:
             returns = line["rep_dist"] > 0.1 * self.first["rep_dist"]
             if returns if len(self.turns) % 2 else falls:
                 self.turns.append(line["step"])
+            line["rate"] = line["layers"]["layer1"]["lars_rate"]
             line["share"] = median(other["common"] for other in lines[max(0, i - 2) : i + 1])
             line["sign"] = line["share"] > COMMON and line["q_norm"] < LONG
         self.falls, self.returns = self.turns[::2], self.turns[1::2]
@@ -63,25 +69,27 @@ class Run:
         self.comes_back = self.state == "came back" and self.learns
         self.stays_down = self.down and not self.returns
         self.falls_at_once = bool(self.falls) and self.falls[0] <= 0.1 * self.flags["steps"]
+        # the last step at which the images lie no further apart than in the untrained network
+        apart = [line["step"] for line in lines if line["rep_dist"] <= self.first["rep_dist"]][-1]
+        self.apart = apart if apart < self.last["step"] else math.inf
 
 
 def load(folder, fault=sys.exit):
     """{name: Run} of a folder of runs or of one run; `fault` is called with a line on each unreadable one."""
     runs = {}
-    for path in [folder] if (folder / "config.json").exists() else sorted(folder.iterdir()):
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")]):
         try:
-            if path.is_dir():
-                runs[path.name] = Run(path)
+            runs[path.parent.name] = Run(path.parent)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            fault(f"{path}: no run, a damaged one, or one without a line yet ({error!r})")
+            fault(f"{path.parent}: a damaged run, or one without a line yet ({error!r})")
     if not runs:
-        fault(f"{folder}: no run that can be read")
+        sys.exit(f"report.py: {folder}: no run that can be read")
     return runs
 
 
 def seeds(runs, name):
     """All runs NAME-sSEED of a name, or the one if it is that of a run."""
-    return [run for other, run in runs.items() if re.fullmatch(re.escape(name) + r"(-s\d+)?", other)]
+    return [runs[name]] if name in runs else [run for run in runs.values() if run.name == name]
 
 
 # ------------------------------------------------------------------------ rules
@@ -120,7 +128,7 @@ def comes_back_below(run, control):
 
 
 def comes_back_at_times(run):
-    return bool(run.returns)
+    return run.returns
 
 
 def comes_back_repeatedly(run):
@@ -128,7 +136,7 @@ def comes_back_repeatedly(run):
 
 
 def relapses(run):
-    return run.down and bool(run.returns)
+    return run.down and run.returns
 
 
 def large_weights_come_down(run):
@@ -144,29 +152,19 @@ def large_weights_come_down(run):
 def early_rate_explodes(run):
     """At the lowest distance layer1's gradient is under a tenth of its first, its rate over ten times it."""
     first, low = run.first["layers"]["layer1"], run.lowest["layers"]["layer1"]
-    explodes = low["grad_norm"] < first["grad_norm"] / 10 and low["lars_rate"] > 10 * first["lars_rate"]
-    return bool(run.falls) and explodes
-
-
-def separates_at(run):
-    """The last step at which the images lie no further apart than in the untrained network."""
-    near = [step for step, line in run.lines.items() if line["rep_dist"] <= run.first["rep_dist"]]
-    return near[-1] if near[-1] < run.last["step"] else math.inf
+    vanishes = low["grad_norm"] < first["grad_norm"] / 10
+    return run.falls and vanishes and low["lars_rate"] > 10 * first["lars_rate"]
 
 
 def separates_first(run, *others):
     """Edition 1 took the step of the return, by which a run that never fell but stays where it was wins."""
-    step = separates_at(run)
-    return run.learns and step < math.inf and step <= min(map(separates_at, others))
-
-
-def rate_peaks_at(run):
-    return max(run.lines, key=lambda step: run.lines[step]["layers"]["layer1"]["lars_rate"])
+    return run.learns and run.apart < math.inf and run.apart <= min(other.apart for other in others)
 
 
 def peaks_early_or_dies(high, low):
     """The rate of layer1 peaks earlier in the run that comes back than in the one that does not."""
-    return high.comes_back and low.stays_down and rate_peaks_at(high) < rate_peaks_at(low)
+    peaks = [max(run.lines.values(), key=lambda line: line["rate"])["step"] for run in (high, low)]
+    return high.comes_back and low.stays_down and peaks[0] < peaks[1]
 
 
 def is_no_better_than_random(run):
@@ -214,11 +212,11 @@ def verdicts(runs, claim):
     rule, *names = CLAIMS[claim]
     answers = {}
     for switch, form, seed in sorted({match.groups("") for match in map(NAME.fullmatch, runs) if match}):
-        changed = [runs.get(f"{name}{switch}-{form}-s{seed}") for name in names]
-        found = [run or runs.get(f"{name}-{form}-s{seed}") for run, name in zip(changed, names)]
-        if any(changed) and all(found):
-            first = next(name for run, name in zip(changed, names) if run)
-            answers.setdefault(f"{first}{switch}-{form}", []).append(bool(rule(*found)))
+        end = f"-{form}-s{seed}"
+        changed = [name for name in names if name + switch + end in runs]
+        found = [runs.get(name + switch + end) or runs.get(name + end) for name in names]
+        if changed and all(found):
+            answers.setdefault(f"{changed[0]}{switch}-{form}", []).append(bool(rule(*found)))
     return answers
 
 
@@ -226,14 +224,7 @@ def in_words(runs, claim, name):
     """What was changed in the runs of this name."""
     main, switch = name.rpartition("-")[0].split("@")
     words = re.sub(r"(?<!\de)(?<!warm)-", " ", switch)          # 1e-4 and warm-up keep their dash
-    return words if main == CLAIMS[claim][1] else f"{words} for {in_short(seeds(runs, name)[0])} alone"
-
-
-def spread(values, form=".1f"):
-    """`median [least, most]`, or the value if there is one."""
-    if len(set(values)) == 1:
-        return format(values[0], form)
-    return f"{median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+    return words if main == CLAIMS[claim][1] else f"{words} for {in_short(runs, name)} alone"
 
 
 def verdict_cells(runs, claim):
@@ -243,10 +234,10 @@ def verdict_cells(runs, claim):
     counts = {name: f"{sum(answer)} of {len(answer)}" for name, answer in answers.items()}
     enough = 0 if claim == "D2" else 0.5                        # D2 says `at times`
     held = {name: len(answer) for name, answer in answers.items() if sum(answer) > enough * len(answer)}
-    written = {form: f"{CLAIMS[claim][1]}-{form}" for form in FORMS}
-    forms = [f"the {form}'s" for form, name in written.items() if name in held]
+    written = [f"{CLAIMS[claim][1]}-{form}" for form in FORMS]
+    forms = [f"the {form}'s" for form, name in zip(FORMS, written) if name in held]
     flip = None
-    if not answers.keys() & written.values():
+    if not answers.keys() & written:
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
@@ -260,22 +251,22 @@ def verdict_cells(runs, claim):
         lists = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
         notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
         outcome = f"no; tried: {'; '.join(notes) or 'nothing'}"
-    cells = [counts.get(name, "not run") for name in written.values()]
-    accuracies = [fact(runs, name, "accuracy") for name in written.values()]
-    random = [run.random for name in written.values() for run in seeds(runs, name)]
-    return [*cells, outcome, " / ".join(accuracies), spread(random) if random else "", flip]
+    groups = [seeds(runs, name) for name in written]
+    accuracies = " / ".join(fact(group, "accuracy") for group in groups)
+    cells = [counts.get(name, "not run") for name in written]
+    return [*cells, outcome, accuracies, fact(sum(groups, []), "random"), flip]
 
 
 # ------------------------------------------------------------------------ pictures
 PANELS = {  # what a panel shows: its axis and scale, and the value in a line of the log
     "distance": ("representation distance", "log", lambda line: line["rep_dist"]),
     "loss": ("loss", "log", lambda line: line["loss"]),
-    "rate": ("local LARS rate of layer1", "log", lambda line: line["layers"]["layer1"]["lars_rate"]),
+    "rate": ("local LARS rate of layer1", "log", lambda line: line["rate"]),
     "length": ("mean length of q", "log", lambda line: line["q_norm"]),
     "live": ("live share of the prediction's units", "linear", lambda line: line["live"][-1]),
     "slope": ("slope of q over z", "linear", lambda line: line["growth"]["slope"]),
     "strongest": ("variance along the\nstrongest direction", "log", lambda line: line["growth"]["strongest"]),
-    "accuracy": ("accuracy in %\n(step 0: random features)", "linear", None),
+    "accuracy": ("accuracy in %\n(step 0: random features)", "linear", lambda line: line["accuracy"]),
     "share": ("share common to both views", "linear", lambda line: line["share"]),
     "largest": ("largest weight of the\nprediction over its rms", "linear",
                 lambda line: line["layers"]["prediction"]["max_over_rms"]),
@@ -288,55 +279,48 @@ rcParams.update({"axes.spines.right": False, "axes.spines.top": False, "figure.c
 rcParams.update({"font.size": 9, "legend.frameon": False, "savefig.dpi": 110})
 
 
-def draw(panels, groups):
-    """A panel each, in which {label: [Run]} are lines, a colour for each label."""
-    rows, columns = math.ceil(len(panels) / 2), min(len(panels), 2)
-    picture = Figure((6 + 2 * columns, 3 * rows + 0.4 + 0.1 * len(groups)))
-    axes = picture.subplots(rows, columns, squeeze=False).flat
-    for panel, place in zip(panels, axes):
-        name, scale, value = PANELS[panel]
-        for (style, colour), (label, runs) in zip(itertools.cycle(STYLES), groups.items()):
-            for run in runs:
-                points = run.accuracies
-                if panel != "accuracy":
-                    points = {step: value(line) for step, line in run.lines.items()}
-                text = label if run is runs[0] else None
-                place.plot(list(points), list(points.values()), style, color=colour, lw=1.3, ms=3, label=text)
-        steps = "linear" if panel == "accuracy" else "log"
-        place.set(xlabel="step", ylabel=name, xscale=steps, yscale=scale)
-        if panel in LIMITS and place.lines:
+def draw(runs, panels, names):
+    """Panels beside each other, and {label: NAME} as lines in each, a colour for each label."""
+    picture = Figure((6 + 2 * len(panels), 3.4 + 0.1 * len(names)))
+    lines = {}
+    for panel, place in picture.subplot_mosaic([panels]).items():
+        text, scale, value = PANELS[panel]
+        for (style, colour), (label, name) in zip(itertools.cycle(STYLES), names.items()):
+            for run in seeds(runs, name):
+                points = run.scores if panel == "accuracy" else run.lines
+                values = [value(line) for line in points.values()]
+                lines[label] = place.plot(list(points), values, style, color=colour, lw=1.3, ms=3)[0]
+        place.set(xlabel="step", ylabel=text, xscale="linear" if panel == "accuracy" else "log", yscale=scale)
+        if panel in LIMITS:
             place.axhline(LIMITS[panel], color="0.8", zorder=0)
-    for place in axes[len(panels) :]:
-        place.axis("off")
-    picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=8, ncols=2)
+    picture.legend(lines.values(), lines.keys(), loc="outside lower left", fontsize=8, ncols=2)
     return picture
 
 
-def in_short(run):
-    """Norm of encoder and MLPs, and optimizer."""
-    mlps = dict.fromkeys([run.flags["proj_norm"], run.flags["pred_norm"]])
-    return f"{run.flags['enc_norm']}, {'/'.join(mlps)}, {run.flags['opt'].upper()} {run.flags['lr']:g}"
+def in_short(runs, name):
+    """Norm of encoder and MLPs, and optimizer, of the runs of this name."""
+    flags = seeds(runs, name)[0].flags
+    mlps = dict.fromkeys([flags["proj_norm"], flags["pred_norm"]])
+    return f"{flags['enc_norm']}, {'/'.join(mlps)}, {flags['opt'].upper()} {flags['lr']:g}"
 
 
-def draw_claims(runs):
+def draw_claims(runs, *_):
     """The distance in each claim's runs, a panel each: the first configuration of CLAIMS in both forms, and
     what was run with the switch that flips the claim."""
     picture = Figure((10, 9))
     axes = picture.subplots(6, 4, sharex=True, sharey=True)
-    labels = ("code's form", "paper's form", "with what flips it")
-    for place, claim in zip(axes.flat, CLAIMS):
+    lines = {}
+    for place, (claim, (_, main, *_)) in zip(axes.flat, CLAIMS.items()):
         *_, flip = verdict_cells(runs, claim)
-        main = CLAIMS[claim][1]
-        for label, name, colour in zip(labels, (f"{main}-code", f"{main}-paper", flip or ""), COLOURS):
+        names = {"code's form": f"{main}-code", "paper's form": f"{main}-paper", "with what flips it": flip}
+        for (label, name), colour in zip(names.items(), COLOURS):
             for run in seeds(runs, name):
                 distances = [line["rep_dist"] for line in run.lines.values()]
-                place.plot(list(run.lines), distances, color=colour, lw=1, label=label)
+                lines[label] = place.plot(list(run.lines), distances, color=colour, lw=1)[0]
                 place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
-                if name != flip:
-                    place.set_title(f"{claim}: {in_short(run)}")
         place.set(xscale="log", yscale="log", ylim=(1e-12, 2))
+        place.set_title(f"{claim}: {in_short(runs, main + '-code')}")
     axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
-    lines = {label: line for place in axes.flat for line, label in zip(*place.get_legend_handles_labels())}
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(lines.values(), lines.keys(), loc="center")
     picture.supxlabel("step")
@@ -344,13 +328,13 @@ def draw_claims(runs):
     return picture
 
 
-def draw_scores(runs):
-    """What each run's encoder scores over its own random features, against the run's last distance."""
+def draw_scores(runs, *_):
+    """What each bare run's encoder scores over its own random features, against the run's last distance."""
     picture = Figure((8, 4))
     place = picture.subplots()
     norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN"}
     for (norm, label), colour in zip(norms.items(), COLOURS):
-        chosen = [run for run in runs if run.flags["enc_norm"] == norm]
+        chosen = [run for run in runs.values() if run.bare and run.flags["enc_norm"] == norm]
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
         place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
     place.axhline(0, color="0.8", zorder=0)
@@ -359,7 +343,7 @@ def draw_scores(runs):
     return picture
 
 
-def draw_maps(runs, maps):
+def draw_maps(runs, _, maps):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words, for each of `maps`,
     {title: "BEGINNING-OF-NAMES FORM FLAG"}."""
     picture = Figure((10, 6.4))
@@ -367,19 +351,19 @@ def draw_maps(runs, maps):
     for place, (title, words) in zip(axes.flat, maps.items()):
         beginning, form, flag = words.split()
         cells = {}
-        for name, run in runs.items():
-            if name.startswith(beginning) and f"-{form}-s" in name:
+        for run in runs.values():
+            if run.name.startswith(beginning) and run.name.endswith(form):
                 cells.setdefault((run.flags[flag], run.flags["lr"]), []).append(run)
-        rows, columns = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+        rows, columns = (sorted(set(values)) for values in zip(*cells))
         colours = [[math.nan] * len(columns) for _ in rows]
         for (row, column), group in cells.items():
             y, x = rows.index(row), columns.index(column)
             distance = median(run.last["rep_dist"] for run in group)
             colours[y][x] = math.log10(max(1e-16, distance))
-            ends = {"never collapsed": "", "came back": "back", "collapsed": "down"}
-            text = "/".join(sorted({ends[run.state] for run in group}))
+            ends = Counter(STATES[run.state] for run in group)
+            words = [end if n == len(group) else f"{n} {end}" for end, n in ends.items() if end]
             ink = "k" if colours[y][x] > -3 else "w"
-            place.text(x, y, text, ha="center", va="center", color=ink, size=7)
+            place.text(x, y, "\n".join(words), ha="center", va="center", color=ink, size=7)
         image = place.imshow(colours, cmap="viridis", vmin=-8, vmax=0, aspect="auto")
         place.set(title=title, xlabel="rate", ylabel=flag.replace("_", " "))
         place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
@@ -395,7 +379,7 @@ def table(header, rows):
 
 
 def look(folder):
-    """What `report.py FOLDER` prints, and the picture that it draws. Returns the exit status."""
+    """What `report.py FOLDER` prints, and the picture that it draws."""
     runs = load(folder, fault=lambda text: print(text, file=sys.stderr))
     rows = []
     for name, run in runs.items():
@@ -404,13 +388,11 @@ def look(folder):
         sign = f"{sign}: share {run.last['share']:.2f}" if run.down else ""
         cut_off = "" if run.finished else f" (step {run.last['step']} of {run.flags['steps']})"
         rows.append([name, run.state + cut_off, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
-    if runs:
-        print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
-        lars = any(run.flags["opt"] == "lars" for run in runs.values())
-        panels = ["distance", "loss", "accuracy"] + ["rate"] * lars
-        draw(panels, {name: [run] for name, run in runs.items()}).savefig(folder / "report.png")
-        print(f"picture: {folder / 'report.png'}")
-    return 0 if runs else 1
+    print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
+    lars = any(run.flags["opt"] == "lars" for run in runs.values())
+    panels = ["distance", "loss", "accuracy"] + ["rate"] * lars
+    draw(runs, panels, {name: name for name in runs}).savefig(folder / "report.png")
+    print(f"picture: {folder / 'report.png'}")
 
 
 # ------------------------------------------------------------------------ the study's page
@@ -426,24 +408,27 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for, beside `ends`: what a ru
     "back": (lambda run: [math.inf] if run.down else run.returns[-1:], ",.0f"),
     "first back": (lambda run: run.returns[:1], ",.0f"),
     "fell again": (lambda run: run.falls[1:2], ",.0f"),
-    "apart": (lambda run: [separates_at(run)], ",.0f"),
+    "apart": (lambda run: [run.apart], ",.0f"),
     "length": (lambda run: [run.lines[64]["q_norm"]], ",.0f"),
 }
 
 
-def fact(runs, name, key):
-    group = seeds(runs, name)
-    if not group:
+def fact(runs, key):
+    """A count, or `median [least, most]`, or the value if there is one."""
+    if not runs:
         return "not run"
     if key == "ends":
-        states = {state: sorted(run.flags["seed"] for run in group if run.state == state) for state in STATES}
+        states = {state: sorted(run.flags["seed"] for run in runs if run.state == state) for state in STATES}
         words = [f"{state} ({str(found)[1:-1]})" for state, found in states.items() if found]
-        return ", ".join([*words, fact(runs, name, "accuracy") + " %"])
+        return ", ".join([*words, fact(runs, "accuracy") + " %"])
     value, form = FACTS[key]
-    values = [number for run in group for number in value(run)]
+    values = [number for run in runs for number in value(run)] or [math.inf]
     if form == "count":
         return f"{sum(values)} of {len(values)}"
-    return spread(values, form).replace("inf", "never") if values else "never"
+    text = f"{median(values):{form}}"
+    if len(set(values)) > 1:
+        text += f" [{min(values):{form}}, {max(values):{form}}]"
+    return text.replace("inf", "never")
 
 
 def announced(run):
@@ -459,51 +444,32 @@ def is_dead(run):
 
 def count(name, runs, has):
     """A table: in how many of the runs there is the sign, chosen on seeds 0 to 2, and how these end."""
-    ended = Counter()
-    for run in runs:
-        seed = "maps" if "/map-" in run.command else "0 to 2" if run.flags["seed"] < 3 else "others"
-        ended[seed, "yes" if has(run) else "no", run.state] += 1
-    states = sorted({run.state for run in runs}, key=STATES.index)
-    rows = []
-    for row in itertools.product(("0 to 2", "others", "maps"), ("yes", "no")):
-        rows.append([*row, *(ended[(*row, state)] for state in states)])
+    ended = Counter((run.sample, "yes" if has(run) else "no", run.state) for run in runs)
+    states = [state for state in STATES if any(run.state == state for run in runs)]
+    cells = itertools.product(("0 to 2", "others", "maps"), ("yes", "no"))
+    rows = [[*cell, *(ended[(*cell, state)] for state in states)] for cell in cells]
     return table(["seeds", name, *states], rows)
 
 
 def figure(runs, name, title, panels, *lines):
     """Draw it; returns its Markdown. A line is `label: NAME`."""
-    legend = dict(line.split(": ") for line in lines)
-    if name == "claims":
-        picture = draw_claims(runs)
-    elif name == "scores":
-        picture = draw_scores(without_mlp_norm(runs))
-    elif name == "maps":
-        picture = draw_maps(runs, legend)
-    else:
-        picture = draw(panels.split(), {label: seeds(runs, wanted) for label, wanted in legend.items()})
+    special = {"claims": draw_claims, "scores": draw_scores, "maps": draw_maps}
+    picture = special.get(name, draw)(runs, panels.split(), dict(line.split(": ") for line in lines))
     picture.savefig(HERE / f"figures/{name}.png", metadata={"Software": None})
     return f"![{title}](figures/{name}.png)\n\n*{title}.*"
 
 
-def without_mlp_norm(runs):
-    """The runs of byol.py that have it in no MLP, nor negatives, and that nothing harmed."""
-    flags = dict(proj_norm="none", pred_norm="none", loss="byol")
-    own = [run for run in runs.values() if run.command.startswith("python byol.py")]
-    return [run for run in own if flags.items() <= run.flags.items()]
-
-
 def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
-    no_norm = without_mlp_norm(runs)
-    long = [run.down for run in no_norm if run.lines[64]["q_norm"] > LONG]
-    names = dict.fromkeys(name.rsplit("-s", 1)[0] for name in runs)
-    every = [[name, fact(runs, name, "ends"), f"`{seeds(runs, name)[0].command}`"] for name in names]
+    bare = [run for run in runs.values() if run.bare]
+    groups = {run.name: seeds(runs, run.name) for run in runs.values()}
+    every = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
     facts = {
         "runs": table(["runs", "ended (seeds), accuracy", "command of one seed"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
-        "first steps": count("warning", no_norm, is_dead),
-        "long ones down": f"{sum(long)} of {len(long)}",
-        "early sign": count("sign", [run for run in no_norm if run.falls], announced),
+        "first steps": count("warning", bare, is_dead),
+        "long ones down": fact([run for run in bare if run.lines[64]["q_norm"] > LONG], "down"),
+        "early sign": count("sign", [run for run in bare if run.falls], announced),
     }
     cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS}
     facts |= {f"verdict {claim}": " | ".join(row[:-1]) for claim, row in cells.items()}
@@ -511,31 +477,26 @@ def page(text, runs):
         facts["claims that " + name] = str(sum(row[2].startswith(begin) for row in cells.values()))
 
     def replaced(match):
-        _, *lines = match[1].strip().split("\n")
         words = match[1].split()
-        if words[0] == "figure":
-            return figure(runs, words[1], *lines)
-        return facts.get(" ".join(words)) or fact(runs, words[0], " ".join(words[1:]))
+        return facts.get(" ".join(words)) or fact(seeds(runs, words[0]), " ".join(words[1:]))
 
-    return re.sub("{{(.+?)}}", replaced, text, flags=re.DOTALL)
-
-
-def study():
-    """Write results/README.md and its figures, byte for byte the same from the same logs and notes."""
-    finished = {name: run for name, run in load(HERE / "runs").items() if run.finished}
-    if not finished:
-        sys.exit(f"report.py: {HERE / 'runs'} holds no finished run")
-    (HERE / "figures").mkdir(exist_ok=True)
-    (HERE / "README.md").write_text(page((HERE / "notes.md").read_text(), finished))
-    print(f"{HERE / 'README.md'}: {len(finished)} finished runs")
+    text = re.sub("{{figure ([^}]+)\n}}", lambda match: figure(runs, *match[1].split("\n")), text)
+    return re.sub("{{([^}]+)}}", replaced, text)
 
 
-def main(arguments):
-    try:
-        return max(look(Path(folder)) for folder in arguments) if arguments else study()
-    except OSError as error:
-        sys.exit(f"report.py: {error.filename}: {error.strerror}")
+def main(folders):
+    """Without folders: the page and its figures, byte for byte the same from the same logs and notes."""
+    for folder in folders:
+        look(Path(folder))
+    if not folders:
+        finished = {name: run for name, run in load(HERE / "runs").items() if run.finished}
+        (HERE / "figures").mkdir(exist_ok=True)
+        (HERE / "README.md").write_text(page((HERE / "notes.md").read_text(), finished))
+        print(f"{HERE / 'README.md'}: {len(finished)} finished runs")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        main(sys.argv[1:])
+    except OSError as error:
+        sys.exit(f"report.py: {error.filename}: {error.strerror}")
