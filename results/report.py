@@ -247,7 +247,7 @@ def verdict_cells(runs, claim):
         outcome = f"no; with {in_words(runs, claim, flip)} in the {form}'s form: yes ({counts[flip]})"
     else:
         words = {name: in_words(runs, claim, name) for name in answers if "@" in name}
-        tries = {name: text + f" ({counts[name]})" * any(answers[name]) for name, text in words.items()}
+        tries = {name: f"{text} ({counts[name]})" for name, text in words.items()}
         lists = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
         notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
         outcome = f"no; tried: {'; '.join(notes) or 'nothing'}"
@@ -365,10 +365,11 @@ def draw_maps(runs, _, maps):
             ink = "k" if colours[y][x] > -3 else "w"
             place.text(x, y, "\n".join(words), ha="center", va="center", color=ink, size=7)
         image = place.imshow(colours, cmap="viridis", vmin=-8, vmax=0, aspect="auto")
-        place.set(title=title, xlabel="rate", ylabel=flag.replace("_", " "))
+        names = {"weight_decay": "weight decay", "warmup": "warm-up, share of the run"}
+        place.set(title=title, xlabel="rate", ylabel=names[flag])
         place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
         place.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
-    picture.colorbar(image, ax=axes, label="log10 of the last distance")
+    picture.colorbar(image, ax=axes, extend="min", label="log10 of the last distance")
     return picture
 
 
@@ -461,7 +462,7 @@ def figure(runs, name, title, panels, *lines):
 
 def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
-    bare = [run for run in runs.values() if run.bare]
+    bare = list({str(run.flags): run for run in runs.values() if run.bare}.values())    # two maps share some
     groups = {run.name: seeds(runs, run.name) for run in runs.values()}
     every = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
     facts = {
