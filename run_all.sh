@@ -129,9 +129,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# -gt 0 ] && shift
-for word; do
-    case $word in --seed* | --steps* | --out*) usage "give ${word%%=*} as SEEDS, STEPS or OUT" ;; esac
-done
+[[ " $*" =~ " "(--seed|--steps|--out) ]] && usage "give ${BASH_REMATCH[1]} as SEEDS, STEPS or OUT"
 for number in "${JOBS:=1}" "${STEPS:=0}" ${SEEDS:=0}; do
     case $number in '' | *[!0-9]*) usage "JOBS, STEPS and SEEDS are whole numbers, not '$number'" ;; esac
 done
@@ -139,29 +137,21 @@ export OUT=${OUT:-runs} JOBS
 
 # A line for each run: its name, its length and its command, separated by tabs.
 runs() {
-    local more=''
-    [ $# -eq 0 ] || printf -v more ' %q' "$@"
+    more=$([ $# -eq 0 ] || printf ' %q' "$@")
     for seed in $SEEDS; do
         while read -r ids name steps flags; do
             [[ ,$ids,$name, =~ ,(${claims:-[A-Z][0-9]+}), ]] || continue
             [ "$STEPS" -eq 0 ] || steps=$STEPS
-            case $flags in
-            results/*) script= ;;
-            *--batch-size*) script="byol.py " ;;
-            *) script="byol.py --batch-size 32 " ;;
-            esac
+            [[ $flags == *--batch-size* ]] || flags="--batch-size 32 $flags"
+            [[ $flags == results/* ]] || flags="byol.py $flags"
             for form in code paper; do
                 case $name-$form in *-code-paper | *-paper-code) continue ;; esac
                 run=${name%-"$form"}-$form-s$seed
                 extra="--steps $steps --data ${DATA:-shapes} --seed $seed --threads 1"
                 extra+=" --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2))"
-                case $form/$flags in
-                code/*lars*) extra+=" --lars-on all" ;;
-                paper/*--warmup*) ;;
-                paper/*) extra+=" --warmup 0.1" ;;
-                esac
-                extra+=" --out $OUT/$run$more"
-                printf '%s\t%s\t%s\n' "$run" "$steps" "python $script$flags $extra"
+                [[ $form/$flags != code/*lars* ]] || extra+=" --lars-on all"
+                [[ $form == code || $flags == *--warmup* ]] || extra+=" --warmup 0.1"
+                printf '%s\t%s\t%s\n' "$run" "$steps" "python $flags $extra --out $OUT/$run$more"
             done
         done <<<"$CONFIGURATIONS"
     done
@@ -169,15 +159,12 @@ runs() {
 
 # Run one line of `runs`, unless its log says that it is finished. Its output goes to a .txt beside it.
 run_one() {
-    local name steps command
-    IFS=$'\t' read -r name steps command <<<"$1"
+    local name=$1 steps=$2 command=$3
+    [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
     if tail -n 1 "$OUT/$name/metrics.jsonl" 2>/dev/null | grep -q "^{\"step\": $steps, \"accuracy\".*}$" &&
         grep -qF "\"command\": \"$command\"" "$OUT/$name/config.json"; then
         echo "$name: finished before"
-        return
-    fi
-    [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
-    if eval "$command" >>"$OUT/$name.txt" 2>&1; then
+    elif eval "$command" >>"$OUT/$name.txt" 2>&1; then
         echo "$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)"
     else
         echo "$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")" >>"$FAILED"
@@ -198,7 +185,6 @@ GPUS=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 export FAILED GPUS
 export -f run_one
 [ "$GPUS" -lt 2 ] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
-# shellcheck disable=SC2016,SC2086  # the inner bash expands the first; the second may be nothing
-runs "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" ${slot:-} bash -c 'run_one "$@"' run_one
+runs "$@" | tr '\t\n' '\0\0' | xargs -0 -n 3 -P "$JOBS" ${slot+"$slot"} bash -c 'run_one "$@"' run_one
 [ -s "$FAILED" ] && { echo failed:; cat "$FAILED"; exit 1; } >&2
 echo "all runs are finished, in $OUT"

@@ -1153,8 +1153,7 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path, monke
 
 @pytest.mark.parametrize("flags", ["", f"{GN} --opt lars --amp", pytest.param("--device cuda", marks=GPU)])
 def test_bench_times_every_part(flags, capsys, monkeypatch):
-    timer = bench.timer
-    monkeypatch.setattr(bench, "timer", lambda *work: lambda n: timer(*work)(1))
+    monkeypatch.setattr(bench.Timer, "blocked_autorange", lambda timer, min_run_time: timer.timeit(1))
     bench.main([*TINY, *flags.split()])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in ("step", "floor", "images and views", "optimizer", "EMA"):

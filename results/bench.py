@@ -1,21 +1,19 @@
 """Speed of byol.py: a step against its floor, and beside other implementations.
 
     python results/bench.py [byol.py's flags]               # step, floor, and where the time goes
-    python results/bench.py --peers [byol.py's flags]       # the same work in lightly and byol-pytorch
+    python results/bench.py --peers [byol.py's flags]       # and the same work in lightly and byol-pytorch
 
-The floor is the same networks' two forwards and the backward on fixed tensors, nothing else. What is compared
-runs turn about, so that what else the machine does falls on all: median, least and most of nine rounds.
+The floor is the same networks' two forwards and the backward on fixed tensors, nothing else. All runs turn
+about, so that what else the machine does falls on all: median, least and most of nine rounds.
 """
 
 import copy
+import functools
 import importlib.util
-import itertools
 import json
-import multiprocessing
 import resource
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -23,10 +21,10 @@ import torch
 import torch.nn as nn
 import torchvision.transforms.functional as TF
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import byol
-from resnet_norms import resnet18
 
 PEERS = {       # module: (package on PyPI, what it leaves out of the work of byol.py)
     "lightly": ("lightly==1.6.*", "collapse metrics"),
@@ -45,15 +43,14 @@ class Count(TorchDispatchMode):
 
 
 def ready(flags):
-    """A run before its first step: arguments, images, and {name: a function that does this part of a step, or
-    all of it, or the floor}."""
-    args = byol.parse_arguments([*flags, "--steps", str(10**6)])        # so that the schedules do not end
+    """A run's arguments, images and {name: a function of this part of a step, of all of it, of the floor}."""
+    args = byol.parse_arguments([*flags, "--steps", "1000000", "--lr", "1e-9"])  # no end, and weights stay
     images = byol.load_images(args).train.to(args.device)
     online, target, optimizer = byol.set_up(args)
     views = byol.load_views(images, 0, args)
-    order = byol.image_order(len(images), 0, 0)[: args.batch_size].to(args.device)
-    steps = itertools.count()
-    mixed = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.amp)
+    order = torch.randperm(len(images), device=images.device)[: args.batch_size]
+    steps = iter(range(args.steps))
+    mixed = torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp)
     online_forward = mixed(lambda: online(views)[2])
     target_forward = torch.no_grad()(mixed(lambda: target(views)))
     both_ways = lambda: online_forward().float().square().mean().backward()
@@ -70,40 +67,14 @@ def ready(flags):
     }
 
 
-def timer(work, device):
-    """A function of n: milliseconds of one of n calls of `work`."""
-    def milliseconds(n):
-        began = time.perf_counter()
-        for _ in range(n):
-            work()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - began) / n
-    return milliseconds
-
-
-def turn_about(timers):
-    """{name: milliseconds in nine rounds}: in each, a turn of about a second, or of one call."""
-    calls = {name: max(1, min(100, round(1000 / time_of(1)))) for name, time_of in timers.items()}
-    rounds = [{name: time_of(calls[name]) for name, time_of in timers.items()} for _ in range(9)]
-    return {name: [row[name] for row in rounds] for name in timers}
-
-
-def show(table, batch_size):
-    """Print what `turn_about` found; {name: median, least, most of each column}."""
-    figures = {}
-    print(f"{'median, least, most':28}{'milliseconds':>24}{'over step':>21}{'samples per second':>24}")
-    for name, row in table.items():
-        over_step = [ms / step for ms, step in zip(row, table["step"])]
-        samples = [1000 * batch_size / ms for ms in row]
-        columns = row, over_step, samples
-        figures[name] = [f(column) for column in columns for f in (statistics.median, min, max)]
-        print(f"{name:28}" + (3 * "{:8.1f}" + 3 * "{:7.2f}" + 3 * "{:8.0f}").format(*figures[name]))
-    return figures
+def timer(work):
+    """A function: milliseconds of a call of `work`, GPU included, from a second of calls, at least one."""
+    clock = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return lambda: 1000 * clock.blocked_autorange(min_run_time=1).mean
 
 
 def lightly(args, images, encoder):
-    """As its documentation has it: collation of a batch, loss, parameters, what follows a step."""
+    """As its documentation has it: collation of a batch, loss, networks, what follows a step."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import update_momentum
@@ -112,32 +83,34 @@ def lightly(args, images, encoder):
     view = BYOLView1Transform(args.size, cj_sat=0.4, min_scale=0.2, gaussian_blur=0.5)
     transform, pictures = BYOLTransform(view, view), [TF.to_pil_image(image) for image in images]
     collate = lambda chosen: torch.utils.data.default_collate([transform(pictures[i]) for i in chosen])
-    online = nn.Sequential(encoder, BYOLProjectionHead(8 * args.width, 512, 128)).to(args.device)
-    prediction = BYOLPredictionHead(128, 512, 128).to(args.device)
-    target, distance = copy.deepcopy(online).requires_grad_(False), NegativeCosineSimilarity()
-    one_way = lambda view, other: distance(prediction(online(view)), target(other))
-    both_ways = lambda v1, v2: one_way(v1, v2) + one_way(v2, v1)
-    parameters = [*online.parameters(), *prediction.parameters()]
-    return collate, both_ways, parameters, lambda: update_momentum(online, target, 0.996)
+    online = nn.Sequential(encoder, BYOLProjectionHead(8 * args.width, 512, 128))
+    target = copy.deepcopy(online).requires_grad_(False)
+    predict = nn.Sequential(online, BYOLPredictionHead(128, 512, 128))
+    distance = NegativeCosineSimilarity()
+    loss = lambda v1, v2: distance(predict(v1), target(v2)) + distance(predict(v2), target(v1))
+    networks = nn.ModuleList([predict, target]).to(args.device)
+    return collate, loss, networks, lambda: update_momentum(online, target, 0.996)
 
 
 def byol_pytorch(args, images, encoder):
     """The same of byol-pytorch, which makes the views itself."""
     from byol_pytorch import BYOL
 
-    learner = BYOL(encoder, args.size, hidden_layer="layer4", projection_size=128, projection_hidden_size=512,
-                   use_simplicial_embeddings=False)
+    learner = BYOL(encoder, args.size, "layer4", 128, 512, use_simplicial_embeddings=False)
     collate = lambda chosen: [images[chosen] / 255]
-    return collate, learner, learner.parameters(), learner.update_moving_average
+    return collate, learner, learner.to(args.device), learner.update_moving_average
 
 
-def peer_step(name, workers, args, images):
-    """A function that trains one step by the module `name`, with so many loader workers."""
-    encoder = resnet18("bn", args.width, args.stem).to(args.device)
-    collate, loss_of, parameters, after = globals()[name](args, images.cpu(), encoder)
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    loader = torch.utils.data.DataLoader(range(len(images)), args.batch_size, shuffle=True, drop_last=True,
-                                         num_workers=workers, collate_fn=collate)
+@functools.cache
+def peer_timer(name, workers, flags):
+    """The timer of a step by the module `name`, with so many loader workers."""
+    args, images, _ = ready(flags)
+    encoder = byol.resnet18("bn", args.width, args.stem)
+    collate, loss_of, networks, after = globals()[name](args, images.cpu(), encoder)
+    optimizer = torch.optim.SGD(networks.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    loader = torch.utils.data.DataLoader(
+        range(len(images)), args.batch_size, shuffle=True, drop_last=True, num_workers=workers,
+        collate_fn=collate, multiprocessing_context="fork" if workers else None)
     batches = (batch for epoch in iter(int, 1) for batch in loader)
 
     def step():
@@ -147,43 +120,42 @@ def peer_step(name, workers, args, images):
         optimizer.step()
         after()
 
-    return step
+    return timer(step)
 
 
-def prepare(name, workers, flags):
-    """In a process of its own: makes what `there` times."""
-    global own
-    args, images, works = ready(flags)
-    own = timer(peer_step(name, workers, args, images) if name in PEERS else works[name], args.device)
+def in_its_process(*peer):
+    return peer_timer(*peer)()
 
 
-def there(n):
-    return own(n)
-
-
-def beside_peers(flags):
-    """{name: the same as `timer`} of step, floor and the peers that are installed."""
-    installed = [name for name in PEERS if importlib.util.find_spec(name)]
+def peer_timers(flags):
+    """(what, its timer) of the peers that are installed, each in a process of its own."""
     for name, (package, lacks) in PEERS.items():
-        print(f"{name} leaves out: {lacks}" if name in installed else f"left out: pip install '{package}'")
-    timers = {}
-    for name, workers in [("step", 0), ("floor", 0), *itertools.product(installed, (0, 2))]:
-        fork = multiprocessing.get_context("fork")
-        process = ProcessPoolExecutor(1, fork, prepare, (name, workers, flags))
-        label = f"{name}, {workers} workers" if name in PEERS else name
-        timers[label] = lambda n, process=process: process.submit(there, n).result()
-    return timers
+        if not importlib.util.find_spec(name):
+            print(f"left out: pip install '{package}'")
+            continue
+        print(f"{name} leaves out: {lacks}")
+        for workers in (0, 2):
+            process = ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn"))
+            turn = functools.partial(process.submit, in_its_process, name, workers, tuple(flags))
+            yield f"{name}, {workers} workers", lambda turn=turn: turn().result()
 
 
 def main(flags):
+    own = [flag for flag in flags if flag != "--peers"]
+    args, _, works = ready(own)
+    timers = {name: timer(work) for name, work in works.items()}
     if "--peers" in flags:
-        flags = [flag for flag in flags if flag != "--peers"]
-        table = turn_about(beside_peers(flags))
-        print(json.dumps(show(table, byol.parse_arguments(flags).batch_size)))
-        return
-    args, _, works = ready(flags)
-    timers = {name: timer(work, args.device) for name, work in works.items()}
-    figures = show(turn_about(timers), args.batch_size)
+        timers.update(peer_timers(own))
+    rounds = [{name: turn() for name, turn in timers.items()} for _ in range(9)]
+    figures = {}
+    print(f"{'median, least, most':28}{'milliseconds':>24}{'over step':>21}{'samples per second':>24}")
+    form = "{:28}{:8.1f}{:8.1f}{:8.1f}{:7.2f}{:7.2f}{:7.2f}{:8.0f}{:8.0f}{:8.0f}"
+    for name in timers:
+        over_step = [row[name] / row["step"] for row in rounds]
+        samples = [1000 * args.batch_size / row[name] for row in rounds]
+        columns = [row[name] for row in rounds], over_step, samples
+        figures[name] = [f(column) for column in columns for f in (statistics.median, min, max)]
+        print(form.format(name, *figures[name]))
     for name in ("step", "images and views", "optimizer"):
         with Count() as count:
             works[name]()
