@@ -14,13 +14,13 @@ linear evaluation, run folder, training. A run is one folder; the same command r
 
 import argparse
 import collections
-import contextlib
 import copy
 import ctypes
 import fcntl
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -41,8 +41,6 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
 from torch.distributed.nn.functional import all_gather
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import ConcatDataset, Subset
 from torchvision import datasets
 
 from lars import LARS, param_groups
@@ -208,48 +206,33 @@ def open_image(path):
 
 
 def open_folder(root):
-    """Data sets root/train/CLASS/*, root/unlabeled/* if there is one, root/test/CLASS/*, and all paths."""
-    try:
-        train = datasets.ImageFolder(f"{root}/train", loader=open_image)
-        test = datasets.ImageFolder(f"{root}/test", loader=open_image)
-    except OSError as error:
-        stop(2, f"--data folder:{root}: {error}; it needs train/CLASS/* and test/CLASS/* images")
+    """Data sets root/train/CLASS/*, then root/unlabeled/* if there is one; root/test/CLASS/*; all paths."""
+    train = datasets.ImageFolder(f"{root}/train", loader=open_image)
+    test = datasets.ImageFolder(f"{root}/test", loader=open_image)
     if len(train.classes) < 2 or train.classes != test.classes:
         stop(2, f"--data folder:{root}: train and test need the same classes, two or more")
-    every = datasets.ImageFolder(root, loader=open_image, allow_empty=True)
-    chosen = [i for i, target in enumerate(every.targets) if every.classes[target] == "unlabeled"]
-    unlabeled = Subset(every, chosen)
-    present = sum(len(files) for *_, files in os.walk(root, followlinks=True))
-    left_out = present - len(train) - len(unlabeled) - len(test)
+    every = datasets.ImageFolder(root, allow_empty=True)
+    train.samples += [(path, -1) for path, i in every.samples if every.classes[i] == "unlabeled"]
+    left_out = sum(len(files) for *_, files in os.walk(root, followlinks=True)) - len(train + test)
     if left_out:
         print(f"{root}: {left_out} files left out: no images, by their endings, or in no class's folder")
-    return train, unlabeled, test, [path for path, _ in every.samples]
+    return train, test, [path for path, _ in every.samples]
 
 
-def open_torchvision(name, root, download):
-    """The same of cifar10, stl10 or fashion-mnist, whose files torchvision checks itself."""
-    splits = ("train", "unlabeled", "test") if name == "stl10" else (True, False)
-    try:
-        train, *unlabeled, test = (DATASETS[name](root, split, download=download) for split in splits)
-    except (RuntimeError, OSError) as error:
-        stop(2, f"--data {name}: {error} in {root}; name another --data-dir, or --download it")
-    return train, unlabeled[0] if unlabeled else Subset(train, []), test, []
-
-
-def decode(dataset, side, path):
-    """Write a data set as .npy, uint8 (N, 3, side, side); other sizes are resized and centre-cropped."""
+def decode(dataset, side):
+    """A data set as the bytes of a .npy, uint8 (N, 3, side, side); other sizes are resized and cropped."""
     def pixels(i):
         image = dataset[i][0]
         if image.size != (side, side):
             image = TF.center_crop(TF.resize(image, side), side)
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes()
 
-    print(f"decoding {len(dataset):,} images to {side} x {side}", flush=True)
-    header = dict(descr="|u1", fortran_order=False, shape=(len(dataset), 3, side, side))
-    with written_whole(path) as file, ThreadPoolExecutor() as pool:     # Pillow decodes outside the GIL
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(dataset), 1024):                      # no more in memory at a time
-            file.writelines(pool.map(pixels, range(start, min(start + 1024, len(dataset)))))
+    header, shape = io.BytesIO(), (len(dataset), 3, side, side)
+    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=shape))
+    yield header.getvalue()
+    with ThreadPoolExecutor() as pool:                  # Pillow decodes outside the GIL
+        for start in range(0, len(dataset), 1024):      # no more in memory at a time
+            yield from pool.map(pixels, range(start, min(start + 1024, len(dataset))))
 
 
 def load_images(args):
@@ -257,13 +240,19 @@ def load_images(args):
     they are where they are square and of one size, else resized and cropped to --size."""
     if args.data == "shapes":
         return Images(*draw_shapes(1000, seed=0), *draw_shapes(200, seed=1), args.data)
-    if args.data.startswith("folder:"):
-        train, unlabeled, test, paths = open_folder(args.data[7:] or "no folder named")
-    elif args.data in DATASETS:
-        train, unlabeled, test, paths = open_torchvision(args.data, args.data_dir, args.download)
-    else:
-        stop(2, f"--data {args.data}: not shapes, {', '.join(DATASETS)} or folder:DIR")
-    dataset = ConcatDataset([train, unlabeled, test])
+    open_split, paths = DATASETS.get(args.data), []
+    splits = ("train+unlabeled", "test") if args.data == "stl10" else (True, False)
+    try:
+        if args.data.startswith("folder:"):
+            train, test, paths = open_folder(args.data[7:] or "no folder named")
+        elif open_split:
+            train, test = (open_split(args.data_dir, split, download=args.download) for split in splits)
+        else:
+            stop(2, f"--data {args.data}: not shapes, {', '.join(DATASETS)} or folder:DIR")
+    except (RuntimeError, OSError) as error:
+        needs = "another --data-dir, or --download" if open_split else "train/CLASS/* and test/CLASS/* images"
+        stop(2, f"--data {args.data}: {error}; it needs {needs}")
+    dataset = train + test
     sides = {side for i in range(0, len(dataset), len(dataset) // 100 + 1) for side in dataset[i][0].size}
     side = sides.pop() if len(sides) == 1 else args.size                # a hundred images tell
     stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
@@ -271,11 +260,12 @@ def load_images(args):
     decoded = Path(args.data_dir, "decoded", f"{digest}.npy")
     if not decoded.exists():
         decoded.parent.mkdir(parents=True, exist_ok=True)
-        decode(dataset, side, decoded)
-    pixels = torch.from_numpy(np.load(decoded, mmap_mode="c"))
-    pixels = pixels.split([len(dataset) - len(test), len(test)])
-    labels = [split.labels if args.data == "stl10" else split.targets for split in (train, test)]
-    return Images(pixels[0], torch.as_tensor(labels[0]), pixels[1], torch.as_tensor(labels[1]), digest)
+        print(f"decoding {len(dataset):,} images to {side} x {side}", flush=True)
+        write_whole(decoded, decode(dataset, side))
+    pixels = torch.from_numpy(np.load(decoded, mmap_mode="c")).split([len(train), len(test)])
+    name = "labels" if args.data == "stl10" else "targets"
+    labels, test_labels = (torch.as_tensor(getattr(split, name)) for split in (train, test))
+    return Images(pixels[0], labels[labels >= 0], pixels[1], test_labels, digest)   # STL-10 has -1 for none
 
 
 # ------------------------------------------------------------------------ views
@@ -306,21 +296,16 @@ def draw_views(n, side, size, rng):
     return params, [list(JITTER)[i] for i in rng.permutation(len(JITTER))]
 
 
-def resize_matrix(start, extent, side, size):
-    """(..., size, side) matrices that resize pixels [start, start + extent), (...) each, of `side` to `size`,
-    as torch's antialiased `upsample_bilinear2d` does, which RandomResizedCrop calls."""
+def resized_crop(images, start, extent, flip, size):
+    """Crop, resize and flip each image: uint8 (N, 3, side, side) -> (N, 3, size, size) in [0, 1], as torch's
+    antialiased `upsample_bilinear2d` does, which RandomResizedCrop calls. start, extent: (2, N), y and x."""
     start, extent = start[..., None, None], extent[..., None, None]
-    pixel = torch.arange(side, device=start.device)
+    pixel = torch.arange(images.shape[-1], device=start.device)
     scale = extent / size
     centre = start + scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
     weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
     weight = weight * ((pixel >= start) & (pixel < start + extent))
-    return weight / weight.sum(-1, keepdim=True)
-
-
-def resized_crop(images, start, extent, flip, size):
-    """Crop, resize and flip each image: uint8 (N, 3, side, side) -> (N, 3, size, size) in [0, 1]."""
-    rows, columns = resize_matrix(start, extent, images.shape[-1], size)
+    rows, columns = weight / weight.sum(-1, keepdim=True)           # matrices, (N, size, side)
     columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
     return torch.einsum("nyh,nchw,nxw->ncyx", rows, images / 255, columns)
 
@@ -364,7 +349,6 @@ def normalize(images):
 compiled_once = functools.cache(torch.compile)      # to wrap a function anew at each step takes milliseconds
 
 
-@torch.no_grad()
 def make_views(images, params, order, args):
     """A view of each image, uint8 (N, 3, side, side) -> (N, 3, size, size), by draw_views' parameters."""
     compiled = compiled_once if args.compile else lambda function: function
@@ -511,23 +495,19 @@ def collapse_state(state, rep_dist):
     return "recovered" if state in ("collapsed", "recovered") else "healthy"
 
 
-@torch.no_grad()
 def layer_metrics(online, optimizer):
     """Of the weights (no biases, no norms) of stem, layer1, ..., prediction, after a step: norm of gradient
     and weights, the largest weight over its tensor's rms, the mean local LARS rate (None without LARS)."""
-    rates, layers = getattr(optimizer, "rates", {}), collections.defaultdict(dict)
-    for name, p in online.named_parameters():
-        if p.ndim > 1:
-            layer = name.removeprefix("encoder.").split(".")[0].replace("conv1", "stem")
-            layers[layer][name] = p
-    metrics = {}
-    for layer, weights in layers.items():
-        p = list(weights.values())
-        local = [rates[name] for name in weights if name in rates]
-        peaks = [w.abs().max() / w.square().mean().sqrt().clamp_min(1e-30) for w in p]
-        metrics[layer] = {
-            "grad_norm": torch.stack([w.grad.norm() for w in p]).norm().item(),
-            "weight_norm": torch.stack([w.norm() for w in p]).norm().item(),
+    rates, metrics = getattr(optimizer, "rates", {}), {}
+    named = [(name, p) for name, p in online.named_parameters() if p.ndim > 1]
+    layers = itertools.groupby(named, lambda pair: pair[0].removeprefix("encoder.").split(".")[0])
+    for layer, pairs in layers:
+        names, weights = zip(*pairs)
+        local = [rates[name] for name in names if name in rates]
+        peaks = [w.abs().max() / w.square().mean().sqrt().clamp_min(1e-30) for w in weights]
+        metrics["stem" if layer == "conv1" else layer] = {
+            "grad_norm": torch.stack([w.grad.norm() for w in weights]).norm().item(),
+            "weight_norm": torch.stack([w.norm() for w in weights]).norm().item(),
             "max_over_rms": max(peaks).item(),
             "lars_rate": torch.stack(local).mean().item() if local else None,
         }
@@ -608,13 +588,12 @@ def evaluate(encoder, images, args):
 
 
 # ------------------------------------------------------------------------ run folder
-@contextlib.contextmanager
-def written_whole(path):
-    """A file to write bytes to, which appears as `path` when the block ends, whole or not at all."""
+def write_whole(path, chunks):
+    """Write chunks of bytes to a file, which appears as `path` whole or not at all."""
     aside = f"{path}.{os.getpid()}"
     try:
         with open(aside, "wb") as file:
-            yield file
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -627,8 +606,7 @@ def written_whole(path):
 def save(content, path):
     buffer = io.BytesIO()               # torch's own writer meets a full disk with an abort
     torch.save(content, buffer)
-    with written_whole(path) as file:
-        file.write(buffer.getbuffer())
+    write_whole(path, [buffer.getbuffer()])
 
 
 def write_line(log, line):
@@ -644,17 +622,15 @@ def write_line(log, line):
 def describe(args, digest):
     """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
     flags = {name: value for name, value in vars(args).items() if name not in PLACES}
-    config = {"flags": {**flags, "images": digest, "processes": WORLD}}
-    config["command"] = shlex.join(["python", *sys.argv])
-    config["versions"] = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
-    if args.device != "cpu":
-        config["gpu"] = torch.cuda.get_device_name(args.device)
-    with contextlib.suppress(OSError):
-        config["cpu"] = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
-    with contextlib.suppress(OSError):
-        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--abbrev=40", "--dirty"]
-        config["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return config
+    here = shlex.quote(str(Path(__file__).resolve().parent))
+    return {
+        "flags": {**flags, "images": digest, "processes": WORLD},
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {module.__name__: module.__version__ for module in (torch, torchvision, np)},
+        "gpu": None if args.device == "cpu" else torch.cuda.get_device_name(args.device),
+        "cpu": subprocess.getoutput("grep -m 1 '^model name' /proc/cpuinfo 2>/dev/null").partition(": ")[2],
+        "commit": subprocess.getoutput(f"git -C {here} describe --always --abbrev=40 --dirty 2>/dev/null"),
+    }
 
 
 def open_run(out, config):
@@ -666,8 +642,7 @@ def open_run(out, config):
             foreign = [name for name in os.listdir(out) if not name.startswith("config.json")]
             if foreign:
                 stop(2, f"--out {out}: neither empty nor a run's folder, it holds {foreign[0]}")
-            with written_whole(path) as file:
-                file.write(json.dumps(config, indent=1).encode())
+            write_whole(path, [json.dumps(config, indent=1).encode()])
         log = open(Path(out, "metrics.jsonl"), "a+b")
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         before = dict(json.loads(path.read_text())["flags"])
@@ -809,12 +784,11 @@ def begin(argv):
     return args, images, networks, log
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """Whatever goes wrong in the block ends the script with one line on stderr."""
+def main(argv):
+    """Run the command line `argv`. Whatever goes wrong ends the script with one line on stderr."""
     again = "the same command resumes from the last checkpoint"
     try:
-        yield
+        run(argv)
     except KeyboardInterrupt:
         stop(130, f"interrupted; {again}")
     except BrokenPipeError:
@@ -832,38 +806,36 @@ def one_line_errors():
         stop(1, f"process {RANK} lost the others ({str(error)[:80]}); {again}")
 
 
-@one_line_errors()
-def main(argv):
-    """Run the command line `argv`, from the last checkpoint if there is one."""
+def run(argv):
+    """The whole run, from the last checkpoint if there is one."""
     args, images, (online, target, optimizer), log = begin(argv)
-    last = Path(args.out, "metrics.jsonl").read_bytes().splitlines(keepends=True)[-1:]
-    if last and re.fullmatch(rb'{"step": %d, "accuracy.*}\n' % args.steps, last[0]):
+    if re.search(rb'{"step": %d, "accuracy.*}\n' % args.steps, Path(args.out, "metrics.jsonl").read_bytes()):
         print(f"{args.out} holds this run, finished; remove the folder to run it again")
         return
     parts = dict(online=online, target=target, optimizer=optimizer)
     progress = load_checkpoint(args.out, log, parts)
-    network = DistributedDataParallel(online) if WORLD > 1 else online
-
-    def judge(step):
-        accuracy = evaluate(online.encoder, images, args)
-        random = progress.setdefault("random", accuracy)
-        state = progress["state"]
-        if step == args.steps:          # before the line that says that the run is finished
-            encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
-            save(encoder, f"{args.out}/encoder.pt")
-        write_line(log, {"step": step, "accuracy": accuracy, "state": state})
-        print(f"step {step}: {state}, linear accuracy {accuracy:.2f} %, of random features {random:.2f} %")
-
-    if log and progress["step"] == 0:
-        judge(0)
+    network = nn.parallel.DistributedDataParallel(online) if WORLD > 1 else online
     print("left: minutes to go; the other columns: README.md, Has my run collapsed?")
     print("   step  left     loss   distance common     |z|     |q|   live units  state")
     clock, clock_step = time.perf_counter(), progress["step"]
-    for step in range(progress["step"], args.steps):
+    for step in range(progress["step"], args.steps + 1):
+        judges = step in (0, args.steps) or args.eval_every > 0 and step % args.eval_every == 0
+        if judges and log:
+            accuracy = evaluate(online.encoder, images, args)
+            random = progress.setdefault("random", accuracy)
+            state = progress["state"]
+            if step == args.steps:      # before the line that says that the run is finished
+                encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
+                save(encoder, f"{args.out}/encoder.pt")
+            write_line(log, {"step": step, "accuracy": accuracy, "state": state})
+            scores = f"linear accuracy {accuracy:.2f} %, of random features {random:.2f} %"
+            print(f"step {step}: {state}, {scores}")
+            clock, clock_step = time.perf_counter(), step
+        if step == args.steps:
+            break
         loss, *outputs = train_step(args, images.train, network, target, optimizer, step)
         done = step + 1
         logs = done == args.steps or done % args.log_every == 0 or done & step == 0     # at powers of two
-        judges = done == args.steps or args.eval_every > 0 and done % args.eval_every == 0
         saves = done % args.checkpoint_every == 0
         if logs or saves:               # nothing else in a step waits for the device
             loss = gather(loss[None]).mean().item()
@@ -888,8 +860,6 @@ def main(argv):
             live = "".join(f"{share:6.2f}" for share in metrics["live"])
             shown = "{rep_dist:10.3g} {common:6.2f} {z_norm:7.3g} {q_norm:7.3g}".format(**metrics)
             print(f"{done:7} {left:4.0f}m {loss:8.3g} {shown} {live}  {progress['state']}", flush=True)
-        if judges and log:
-            judge(done)
         if saves and log:
             os.fsync(log.fileno())
             progress.update(step=done, log_bytes=log.tell())
