@@ -1259,7 +1259,7 @@ def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
     assert "collapsed (step 49 of 100)" in output.out and "not on its way: share 0.10" in output.out
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert (tmp_path / "README.md").read_text() == "mine"
-    assert len(output.err.splitlines()) == 1
+    assert len(output.err.splitlines()) == 2
     report.main([str(healthy)])
     with pytest.raises(SystemExit, match="nowhere"):
         report.main([str(tmp_path / "nowhere")])

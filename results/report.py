@@ -77,11 +77,12 @@ class Run:
 def load(folder, fault=sys.exit):
     """{name: Run} of a folder of runs or of one run; `fault` is called with a line on each unreadable one."""
     runs = {}
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*/config.json")]):
+    paths = [folder] if (folder / "config.json").exists() else sorted(folder.glob("*"))
+    for path in filter(Path.is_dir, paths):
         try:
-            runs[path.parent.name] = Run(path.parent)
+            runs[path.name] = Run(path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            fault(f"{path.parent}: a damaged run, or one without a line yet ({error!r})")
+            fault(f"{path}: no run, a damaged one, or one without a line yet ({error!r})")
     if not runs:
         sys.exit(f"report.py: {folder}: no run that can be read")
     return runs
@@ -346,6 +347,7 @@ def draw_scores(runs, *_):
 def draw_maps(runs, _, maps):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words, for each of `maps`,
     {title: "BEGINNING-OF-NAMES FORM FLAG"}."""
+    names = {"weight_decay": "weight decay", "warmup": "warm-up, share of the run"}
     picture = Figure((10, 6.4))
     axes = picture.subplots(2, 2)
     for place, (title, words) in zip(axes.flat, maps.items()):
@@ -365,7 +367,6 @@ def draw_maps(runs, _, maps):
             ink = "k" if colours[y][x] > -3 else "w"
             place.text(x, y, "\n".join(words), ha="center", va="center", color=ink, size=7)
         image = place.imshow(colours, cmap="viridis", vmin=-8, vmax=0, aspect="auto")
-        names = {"weight_decay": "weight decay", "warmup": "warm-up, share of the run"}
         place.set(title=title, xlabel="rate", ylabel=names[flag])
         place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
         place.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
@@ -491,6 +492,8 @@ def main(folders):
         look(Path(folder))
     if not folders:
         finished = {name: run for name, run in load(HERE / "runs").items() if run.finished}
+        if not finished:
+            sys.exit(f"report.py: {HERE / 'runs'} holds no finished run")
         (HERE / "figures").mkdir(exist_ok=True)
         (HERE / "README.md").write_text(page((HERE / "notes.md").read_text(), finished))
         print(f"{HERE / 'README.md'}: {len(finished)} finished runs")
