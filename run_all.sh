@@ -63,6 +63,8 @@ D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
 D5          gnws-none-sgd@batch-128-paper 24000 $WS --lr 0.2 --batch-size 128
 D5          gnws-none-sgd@four-times-the-rate-paper 24000 $WS --lr 0.8
 D5          gnws-none-sgd@ten-times-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 1e-3
+D5          gnws-none-sgd@five-times-the-decay 24000 $WS --lr 0.2 --weight-decay 5e-4
+D5          gnws-none-sgd@twice-the-decay 24000 $WS --lr 0.2 --weight-decay 2e-4
 D5          gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws $PROJ --lr 0.2
 D5          gnws-none-sgd@BN-in-the-prediction-code 24000 --enc-norm gn+ws $PRED --lr 0.2
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
@@ -75,6 +77,7 @@ D9          gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $ON_MLPS --warmup 0.
 D9          gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $ON_MLPS --warmup 0.4
 D9          gn-none-lars-mlps@decay-0-paper 6000 $GN $ON_MLPS --weight-decay 0
 D9          gn-none-lars-mlps@decay-1e-4-paper 6000 $GN $ON_MLPS --weight-decay 1e-4
+D9          gn-none-lars-mlps@decay-1e-3-paper 6000 $GN $ON_MLPS --weight-decay 1e-3
 D9          gn-none-lars-mlps@four-times-the-rate-paper 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $ON_MLPS --batch-size 128
 D9          gn-none-lars-mlps@weight-standardization-paper 6000 $WS $ON_MLPS
