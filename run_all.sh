@@ -72,13 +72,16 @@ D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on
 D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@LARS-on-weights-code 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS.*weight'
 D9          gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@twice-the-rate-paper 6000 $GN $LARS --lr 0.4 --lars-layers '$MLPS'
+D9          gn-none-lars-mlps@twice-the-rate 6000 $GN $LARS --lr 0.4 --lars-layers 'projection|prediction'
+D9          gn-none-lars-mlps@four-times-the-rate 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
+D9          gn-none-lars-mlps@eight-times-the-rate 6000 $GN $LARS --lr 1.6 --lars-layers '$MLPS'
+D9          gn-none-lars-mlps@sixteen-times-the-rate-paper 6000 $GN $LARS --lr 3.2 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $ON_MLPS --warmup 0.025
 D9          gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $ON_MLPS --warmup 0.4
 D9          gn-none-lars-mlps@decay-0-paper 6000 $GN $ON_MLPS --weight-decay 0
 D9          gn-none-lars-mlps@decay-1e-4-paper 6000 $GN $ON_MLPS --weight-decay 1e-4
+D9          gn-none-lars-mlps@decay-3e-4-paper 6000 $GN $ON_MLPS --weight-decay 3e-4
 D9          gn-none-lars-mlps@decay-1e-3-paper 6000 $GN $ON_MLPS --weight-decay 1e-3
-D9          gn-none-lars-mlps@four-times-the-rate-paper 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $ON_MLPS --batch-size 128
 D9          gn-none-lars-mlps@weight-standardization-paper 6000 $WS $ON_MLPS
 D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn $PROJ $ON_MLPS
