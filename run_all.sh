@@ -72,7 +72,7 @@ D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on
 D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@LARS-on-weights-code 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS.*weight'
 D9          gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@twice-the-rate 6000 $GN $LARS --lr 0.4 --lars-layers 'projection|prediction'
+D9          gn-none-lars-mlps@twice-the-rate 6000 $GN $LARS --lr 0.4 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@four-times-the-rate 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@eight-times-the-rate 6000 $GN $LARS --lr 1.6 --lars-layers '$MLPS'
 D9          gn-none-lars-mlps@sixteen-times-the-rate-paper 6000 $GN $LARS --lr 3.2 --lars-layers '$MLPS'
