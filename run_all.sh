@@ -64,7 +64,7 @@ D5          gnws-none-sgd@batch-128-paper 24000 $WS --lr 0.2 --batch-size 128
 D5          gnws-none-sgd@four-times-the-rate-paper 24000 $WS --lr 0.8
 D5          gnws-none-sgd@ten-times-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 1e-3
 D5          gnws-none-sgd@five-times-the-decay 24000 $WS --lr 0.2 --weight-decay 5e-4
-D5          gnws-none-sgd@twice-the-decay 24000 $WS --lr 0.2 --weight-decay 2e-4
+D5          gnws-none-sgd@twice-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 2e-4
 D5          gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws $PROJ --lr 0.2
 D5          gnws-none-sgd@BN-in-the-prediction-code 24000 --enc-norm gn+ws $PRED --lr 0.2
 D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
