@@ -248,7 +248,7 @@ def verdict_cells(runs, claim):
         outcome = f"no; with {in_words(runs, claim, flip)} in the {form}'s form: yes ({counts[flip]})"
     else:
         words = {name: in_words(runs, claim, name) for name in answers if "@" in name}
-        tries = {name: f"{text} ({counts[name]})" for name, text in words.items()}
+        tries = {name: f"{text} ({counts[name]})".removesuffix(" (0 of 1)") for name, text in words.items()}
         lists = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
         notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
         outcome = f"no; tried: {'; '.join(notes) or 'nothing'}"
