@@ -427,9 +427,9 @@ def fact(runs, key):
     values = [number for run in runs for number in value(run)] or [math.inf]
     if form == "count":
         return f"{sum(values)} of {len(values)}"
-    text = f"{median(values):{form}}"
-    if len(set(values)) > 1:
-        text += f" [{min(values):{form}}, {max(values):{form}}]"
+    text, least, most = (f"{number:{form}}" for number in (median(values), min(values), max(values)))
+    if least != most:
+        text += f" [{least}, {most}]"
     return text.replace("inf", "never")
 
 
