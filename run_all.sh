@@ -119,14 +119,14 @@ done
 wide="4100 --width 64 --stem imagenet --size 96 --batch-size 256"
 CONFIGURATIONS+=$(sed -nE "s/^\S*(C[3-7]|D7)\S* +([^ @]+) +6000 +/wide wide-\2 $wide /p" <<<"$CONFIGURATIONS")
 
-set -uf                             # no globbing: [12] stands in flags
+set -uf                             # no globbing: of SEEDS
 usage() { echo "run_all.sh: $1" >&2; exit 2; }
 [ -f byol.py ] || usage "run it in the folder that holds byol.py"
 list='' claims=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
     --list) list=1 ;;
-    -*) usage "$1 is not an option; byol.py's flags stand after --" ;;
+    '' | -*) usage "'$1' is not an option; byol.py's flags stand after --" ;;
     *)
         awk '{print $1 "," $2}' <<<"$CONFIGURATIONS" | tr , '\n' | grep -qxF -- "$1" || usage "$1 is unknown"
         claims+="${claims:+|}$1"
@@ -137,8 +137,9 @@ done
 [ $# -gt 0 ] && shift
 [[ " $*" =~ " "(--seed|--steps|--out) ]] && usage "give ${BASH_REMATCH[1]} as SEEDS, STEPS or OUT"
 for number in "${JOBS:=1}" "${STEPS:=0}" ${SEEDS:=0}; do
-    case $number in '' | *[!0-9]*) usage "JOBS, STEPS and SEEDS are whole numbers, not '$number'" ;; esac
+    case $number in '' | 0?* | *[!0-9]*) usage "JOBS, STEPS, SEEDS: '$number' is no whole number" ;; esac
 done
+[[ $JOBS -gt 0 && $SEEDS == *[0-9]* ]] || usage "JOBS is at least 1, and SEEDS at least one number"
 export OUT=${OUT:-runs} JOBS
 
 # A line for each run: its name, its length and its command, separated by tabs.
@@ -153,11 +154,12 @@ runs() {
             for form in code paper; do
                 case $name-$form in *-code-paper | *-paper-code) continue ;; esac
                 run=${name%-"$form"}-$form-s$seed
-                extra="--steps $steps --data ${DATA:-shapes} --seed $seed --threads 1"
+                extra="--steps $steps --data $(printf %q "${DATA:-shapes}") --seed $seed --threads 1"
                 extra+=" --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2))"
                 [[ $form/$flags != code/*lars* ]] || extra+=" --lars-on all"
                 [[ $form == code || $flags == *--warmup* ]] || extra+=" --warmup 0.1"
-                printf '%s\t%s\t%s\n' "$run" "$steps" "python $flags $extra --out $OUT/$run$more"
+                extra+=" --out $(printf %q "$OUT/$run")$more"
+                printf '%s\t%s\t%s\n' "$run" "$steps" "python $flags $extra"
             done
         done <<<"$CONFIGURATIONS"
     done
@@ -166,7 +168,8 @@ runs() {
 # Run one line of `runs`, unless its log says that it is finished. Its output goes to a .txt beside it.
 run_one() {
     local name=$1 steps=$2 command=$3
-    [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=$((SLOT % GPUS))
+    IFS=, read -ra gpus <<<"$GPUS"
+    [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
     if tail -n 1 "$OUT/$name/metrics.jsonl" 2>/dev/null | grep -q "^{\"step\": $steps, \"accuracy\".*}$" &&
         grep -qF "\"command\": \"$command\"" "$OUT/$name/config.json"; then
         echo "$name: finished before"
@@ -187,10 +190,10 @@ mkdir -p "$OUT" || exit 1
 FAILED=$(mktemp)
 trap 'rm -f "$FAILED"' EXIT
 trap 'echo "stopped; the same command resumes"; exit 130' INT
-GPUS=$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -nE 's/^GPU ([0-9]+).*/\1/p' | paste -sd ,)}
 export FAILED GPUS
 export -f run_one
-[ "$GPUS" -lt 2 ] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
+[[ $GPUS != *,* ]] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
 runs "$@" | tr '\t\n' '\0\0' | xargs -0 -n 3 -P "$JOBS" ${slot+"$slot"} bash -c 'run_one "$@"' run_one
 [ -s "$FAILED" ] && { echo failed:; cat "$FAILED"; exit 1; } >&2
 echo "all runs are finished, in $OUT"

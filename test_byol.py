@@ -930,7 +930,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(folder, tmp_path, capsys):
 
 
 def run_all(*arguments, **environment):
-    settings = ("DATA", "SEEDS", "JOBS", "STEPS", "OUT")
+    settings = ("DATA", "SEEDS", "JOBS", "STEPS", "OUT", "CUDA_VISIBLE_DEVICES")
     own = {name: value for name, value in os.environ.items() if name not in settings}
     own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"
     command = ["bash", "run_all.sh", *map(str, arguments)]
@@ -956,25 +956,27 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
         assert byol.parse_arguments(words[script == "results/harm.py" :]).steps == 7
     one = run_all("--list", "gn-none-lars-0.5").stdout.splitlines()
     assert len(one) == 2 and all("--lr 0.5" in command for command in one)
-    output = run_all("--list", "C4", "--", "--lr-mult", "layer[1]=2 ").stdout
-    assert shlex.split(output)[-2:] == ["--lr-mult", "layer[1]=2 "]
-    for arguments in (["C9"], [".*"], ["-x"], ["--", "--seed", "7"]):
+    run = run_all("--list", "C4", "--", "--lr-mult", "layer[1]=2 ", DATA="folder:a b", OUT="c d")
+    words = shlex.split(run.stdout)
+    assert words[-3:] == ["c d/gn-none-sgd-paper-s0", "--lr-mult", "layer[1]=2 "] and "folder:a b" in words
+    for arguments in (["C9"], [".*"], [""], ["-x"], ["--", "--seed", "7"]):
         run = run_all(*arguments, "--list")
         assert run.stderr.startswith("run_all.sh: ") and run.returncode == 2
-    for bad in ({"JOBS": "0x"}, {"STEPS": "x"}, {"SEEDS": "a"}):
+    for bad in ({"JOBS": "0x"}, {"JOBS": "0"}, {"STEPS": "08"}, {"SEEDS": "a"}, {"SEEDS": " "}):
         assert run_all("--list", **bad).returncode == 2
 
 
-def test_run_all_gives_each_job_a_gpu_of_its_own(tmp_path):
+@pytest.mark.parametrize("visible", [{}, {"CUDA_VISIBLE_DEVICES": "4,7"}])
+def test_run_all_gives_each_job_a_gpu_of_its_own(visible, tmp_path):
     for name, script in (("nvidia-smi", "echo 'GPU 0: one'; echo 'GPU 1: two'"),
                          ("python", "sleep 1; echo on $CUDA_VISIBLE_DEVICES")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    run = run_all("C4", SEEDS="0 1", JOBS="2", OUT=str(tmp_path / "out"), PATH=path)
+    run = run_all("C4", SEEDS="0 1", JOBS="2", OUT=str(tmp_path / "out"), PATH=path, **visible)
     assert "all runs are finished" in run.stdout
     used = sorted(path.read_text() for path in (tmp_path / "out").glob("*.txt"))
-    assert used == ["on 0\n"] * 2 + ["on 1\n"] * 2
+    assert used == [f"on {gpu}\n" for gpu in ("4477" if visible else "0011")]
 
 
 def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
@@ -1049,6 +1051,7 @@ NOT_NEGATIVE = "--steps --epochs --seed --weight-decay --ema --warmup --eval-eve
     ("--steps 5 --epochs 5", "--epochs"), ("--loss moco --pred-norm ln", "--pred-norm"),
     ("--lars-layers layer1", "--lars-layers"), ("--lars-on all", "--lars-on"),
     ("--opt lars --lars-layers [", "--lars-layers"), ("--opt lars --lars-layers layer7", "layer7"),
+    ("--lr-mult 1=2 --lr-mult 1=3", "twice"),
     ("--lr-mult layer1", "--lr-mult"), ("--lr-mult layer7=2", "layer7"), ("--lr-mult (=2", "--lr-mult"),
     ("--data imagenet", "--data"), ("--data folder:/nowhere/at/all", "folder:/nowhere/at/all"),
     *((f"--data {data} --data-dir nowhere", "--download") for data in ("cifar10", "stl10", "fashion-mnist")),
