@@ -140,6 +140,9 @@ def parse_arguments(argv):
         ("pred_norm" in changed and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
         (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two overfill moco's {QUEUE}"),
         (WORLD > 1 and "MASTER_ADDR" not in os.environ, "WORLD_SIZE is set, but not by torchrun"),
+        (args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= len(gpus),
+         f"--nproc-per-node: more processes than GPUs, {len(gpus)}"),
+        (len(dict(args.lr_mult)) < len(args.lr_mult), "--lr-mult: a regular expression stands twice"),
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
         (WORLD > 1 and ":" in args.device, "--device: torchrun gives each process its GPU, so say cuda"),
         (args.sync_bn and (WORLD == 1 or args.device == "cpu"), "--sync-bn needs torchrun and --device cuda"),
@@ -785,7 +788,8 @@ def begin(argv):
 
 
 def main(argv):
-    """Run the command line `argv`. Whatever goes wrong ends the script with one line on stderr."""
+    """Run the command line `argv`. What goes wrong with the input, the disk, the memory or another
+    process ends the script with one line on stderr."""
     again = "the same command resumes from the last checkpoint"
     try:
         run(argv)
@@ -799,11 +803,11 @@ def main(argv):
     except ValueError as error:
         stop(2, error)
     except (RuntimeError, MemoryError) as error:
-        if "out of memory" in str(error) or "allocate" in str(error):
-            stop(1, f"out of memory ({str(error)[:80]}): try a smaller --batch-size, --size or --width")
+        if any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
+            stop(1, f"out of memory ({repr(error)[:90]}): try a smaller --batch-size, --size or --width")
         if WORLD == 1:
             raise
-        stop(1, f"process {RANK} lost the others ({str(error)[:80]}); {again}")
+        stop(1, f"process {RANK} failed or lost the others ({repr(error)[:90]}); {again}")
 
 
 def run(argv):
@@ -866,8 +870,8 @@ def run(argv):
             states = {name: part.state_dict() for name, part in parts.items()}
             save({**states, "progress": progress}, f"{args.out}/checkpoint.pt")
     if log:
-        for path in Path(args.out).glob("checkpoint.pt*"):
-            path.unlink()
+        for path in [*Path(args.out).glob("*.pt.[0-9]*"), Path(args.out, "checkpoint.pt")]:
+            path.unlink(missing_ok=True)        # that with a number was being written when a run was killed
     print(f"as a picture: python results/report.py {args.out}")
 
 
