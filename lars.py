@@ -23,7 +23,7 @@ class LARS(torch.optim.Optimizer):
 
     The code of the BYOL blog post has 0 for that 1, so a tensor of zeros never moves. A group with
     `lars=False` is stepped as by SGD. `rates` holds the last step's local rates, left on the device, by name,
-    or by parameter if LARS was given no names. ValueError for a setting that is not in [0, inf).
+    or by parameter if LARS was given no names. ValueError for an argument that is not in [0, inf).
     """
 
     rates = {}
@@ -79,6 +79,7 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
 
     lars_layers: regular expression; where it is found in a name there is LARS, elsewhere SGD.
     lars_on: "weights" leaves biases and norm layers without LARS and decay (BYOL paper), "all" does not.
+        Where lars_layers is None all have the decay.
     lr_mult: {regular expression: factor}; a group's "lr_mult" is the product of those found in its names,
         and the caller sets group["lr"] = rate * group["lr_mult"] at each step.
     Raises ValueError if no parameter requires a gradient, or for an expression malformed or found nowhere.
@@ -88,16 +89,13 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("no parameter of the model requires a gradient")
-    plain = set()
-    adapted = set()
+    plain, adapted = set(), set()
     if lars_layers is not None:
         if lars_on == "weights":
             of_norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}
             plain = {name for name, p in named.items() if p in of_norms or name.endswith("bias")}
         adapted = find(lars_layers, named.keys() - plain)
-    factors = []
-    for regex, factor in (lr_mult or {}).items():
-        factors.append((find(regex, named), factor))
+    factors = [(find(regex, named), factor) for regex, factor in (lr_mult or {}).items()]
     groups = {}
     for name, p in named.items():
         lars = name in adapted
