@@ -18,7 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torchvision.transforms.functional as TF
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
@@ -46,6 +45,8 @@ def ready(flags):
     """A run's arguments, images and {name: a function of this part of a step, of all of it, of the floor}."""
     args = byol.parse_arguments([*flags, "--steps", "1000000", "--lr", "1e-9"])  # no end, and weights stay
     images = byol.load_images(args).train.to(args.device)
+    if args.batch_size > len(images):
+        byol.stop(2, f"--batch-size {args.batch_size}: the data has {len(images)} images")
     online, target, optimizer = byol.set_up(args)
     views = byol.load_views(images, 0, args)
     order = torch.randperm(len(images), device=images.device)[: args.batch_size]
@@ -83,12 +84,12 @@ def lightly(args, images, encoder):
     view = BYOLView1Transform(args.size, cj_sat=0.4, min_scale=0.2, gaussian_blur=0.5)
     transform, pictures = BYOLTransform(view, view), [TF.to_pil_image(image) for image in images]
     collate = lambda chosen: torch.utils.data.default_collate([transform(pictures[i]) for i in chosen])
-    online = nn.Sequential(encoder, BYOLProjectionHead(8 * args.width, 512, 128))
+    online = torch.nn.Sequential(encoder, BYOLProjectionHead(8 * args.width, 512, 128))
     target = copy.deepcopy(online).requires_grad_(False)
-    predict = nn.Sequential(online, BYOLPredictionHead(128, 512, 128))
+    predict = torch.nn.Sequential(online, BYOLPredictionHead(128, 512, 128))
     distance = NegativeCosineSimilarity()
     loss = lambda v1, v2: distance(predict(v1), target(v2)) + distance(predict(v2), target(v1))
-    networks = nn.ModuleList([predict, target]).to(args.device)
+    networks = torch.nn.ModuleList([predict, target]).to(args.device)
     return collate, loss, networks, lambda: update_momentum(online, target, 0.996)
 
 
@@ -149,13 +150,12 @@ def main(flags):
     rounds = [{name: turn() for name, turn in timers.items()} for _ in range(9)]
     figures = {}
     print(f"{'median, least, most':28}{'milliseconds':>24}{'over step':>21}{'samples per second':>24}")
-    form = "{:28}{:8.1f}{:8.1f}{:8.1f}{:7.2f}{:7.2f}{:7.2f}{:8.0f}{:8.0f}{:8.0f}"
     for name in timers:
         over_step = [row[name] / row["step"] for row in rounds]
         samples = [1000 * args.batch_size / row[name] for row in rounds]
         columns = [row[name] for row in rounds], over_step, samples
         figures[name] = [f(column) for column in columns for f in (statistics.median, min, max)]
-        print(form.format(name, *figures[name]))
+        print(("{:28}" + 3 * "{:8.1f}" + 3 * "{:7.2f}" + 3 * "{:8.0f}").format(name, *figures[name]))
     for name in ("step", "images and views", "optimizer"):
         with Count() as count:
             works[name]()
