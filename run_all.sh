@@ -140,7 +140,7 @@ for number in "${JOBS:=1}" "${STEPS:=0}" ${SEEDS:=0}; do
     case $number in '' | 0?* | *[!0-9]*) usage "JOBS, STEPS, SEEDS: '$number' is no whole number" ;; esac
 done
 [[ $JOBS -gt 0 && $SEEDS == *[0-9]* ]] || usage "JOBS is at least 1, and SEEDS at least one number"
-export OUT=${OUT:-runs} JOBS
+export OUT=${OUT:-runs} GPUS
 
 # A line for each run: its name, its length and its command, separated by tabs.
 runs() {
@@ -172,11 +172,11 @@ run_one() {
     [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
     if tail -n 1 "$OUT/$name/metrics.jsonl" 2>/dev/null | grep -q "^{\"step\": $steps, \"accuracy\".*}$" &&
         grep -qF "\"command\": \"$command\"" "$OUT/$name/config.json"; then
-        echo "$name: finished before"
+        echo "$name: finished before" >&3
     elif eval "$command" >>"$OUT/$name.txt" 2>&1; then
-        echo "$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)"
+        echo "$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)" >&3
     else
-        echo "$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")" >>"$FAILED"
+        echo "$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")"
     fi
 }
 
@@ -187,13 +187,12 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     eval "exec $command"
 fi
 mkdir -p "$OUT" || exit 1
-FAILED=$(mktemp)
-trap 'rm -f "$FAILED"' EXIT
 trap 'echo "stopped; the same command resumes"; exit 130' INT
 GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -nE 's/^GPU ([0-9]+).*/\1/p' | paste -sd ,)}
-export FAILED GPUS
 export -f run_one
 [[ $GPUS != *,* ]] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
-runs "$@" | tr '\t\n' '\0\0' | xargs -0 -n 3 -P "$JOBS" ${slot+"$slot"} bash -c 'run_one "$@"' run_one
-[ -s "$FAILED" ] && { echo failed:; cat "$FAILED"; exit 1; } >&2
+exec 3>&1                           # run_one's own stdout is its failures
+failed=$(runs "$@" | tr '\t\n' '\0\0' | xargs -0 -n 3 -P "$JOBS" ${slot+"$slot"} bash -c 'run_one "$@"' _) ||
+    failed+=${failed:+$'\n'}"xargs stopped before the end; the same command resumes"
+[ -z "$failed" ] || { printf 'failed:\n%s\n' "$failed"; exit 1; } >&2
 echo "all runs are finished, in $OUT"

@@ -237,21 +237,19 @@ def verdict_cells(runs, claim):
     held = {name: len(answer) for name, answer in answers.items() if sum(answer) > enough * len(answer)}
     written = [f"{CLAIMS[claim][1]}-{form}" for form in FORMS]
     forms = [f"the {form}'s" for form, name in zip(FORMS, written) if name in held]
-    flip = None
+    flip = None if forms else max(held, key=held.get, default=None)
     if not answers.keys() & written:
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
-    elif held:
-        flip = max(held, key=held.get)
+    elif flip:
         form = flip.rpartition("-")[2]
         outcome = f"no; with {in_words(runs, claim, flip)} in the {form}'s form: yes ({counts[flip]})"
     else:
-        words = {name: in_words(runs, claim, name) for name in answers if "@" in name}
-        tries = {name: f"{text} ({counts[name]})".removesuffix(" (0 of 1)") for name, text in words.items()}
+        tries = {name: f"{in_words(runs, claim, name)} ({n})" for name, n in counts.items() if "@" in name}
         lists = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
         notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
-        outcome = f"no; tried: {'; '.join(notes) or 'nothing'}"
+        outcome = f"no; tried: {'; '.join(notes) or 'nothing'}".replace(" (0 of 1)", "")
     groups = [seeds(runs, name) for name in written]
     accuracies = " / ".join(fact(group, "accuracy") for group in groups)
     cells = [counts.get(name, "not run") for name in written]
@@ -317,10 +315,9 @@ def draw_claims(runs, *_):
         for (label, name), colour in zip(names.items(), COLOURS):
             for run in seeds(runs, name):
                 distances = [line["rep_dist"] for line in run.lines.values()]
-                lines[label] = place.plot(list(run.lines), distances, color=colour, lw=1)[0]
+                lines[label] = place.loglog(list(run.lines), distances, color=colour, lw=1)[0]
                 place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
-        place.set(xscale="log", yscale="log", ylim=(1e-12, 2))
-        place.set_title(f"{claim}: {in_short(runs, main + '-code')}")
+        place.set(ylim=(1e-12, 2), title=f"{claim}: {in_short(runs, main + '-code')}")
     axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(lines.values(), lines.keys(), loc="center")
@@ -352,16 +349,13 @@ def draw_maps(runs, _, maps):
     axes = picture.subplots(2, 2)
     for place, (title, words) in zip(axes.flat, maps.items()):
         beginning, form, flag = words.split()
-        cells = {}
-        for run in runs.values():
-            if run.name.startswith(beginning) and run.name.endswith(form):
-                cells.setdefault((run.flags[flag], run.flags["lr"]), []).append(run)
+        chosen = [run for run in runs.values() if run.name.startswith(beginning) and run.name.endswith(form)]
+        cells = {(run.flags[flag], run.flags["lr"]): seeds(runs, run.name) for run in chosen}
         rows, columns = (sorted(set(values)) for values in zip(*cells))
         colours = [[math.nan] * len(columns) for _ in rows]
         for (row, column), group in cells.items():
             y, x = rows.index(row), columns.index(column)
-            distance = median(run.last["rep_dist"] for run in group)
-            colours[y][x] = math.log10(max(1e-16, distance))
+            colours[y][x] = math.log10(max(1e-16, median(run.last["rep_dist"] for run in group)))
             ends = Counter(STATES[run.state] for run in group)
             words = [end if n == len(group) else f"{n} {end}" for end, n in ends.items() if end]
             ink = "k" if colours[y][x] > -3 else "w"
@@ -439,11 +433,6 @@ def announced(run):
     return any(line["sign"] for step, line in run.lines.items() if run.falls[0] < step < end)
 
 
-def is_dead(run):
-    """At step 64 no hidden unit of the prediction is live, or q is long."""
-    return run.lines[64]["live"][-1] == 0 or run.lines[64]["q_norm"] > LONG
-
-
 def count(name, runs, has):
     """A table: in how many of the runs there is the sign, chosen on seeds 0 to 2, and how these end."""
     ended = Counter((run.sample, "yes" if has(run) else "no", run.state) for run in runs)
@@ -464,13 +453,14 @@ def figure(runs, name, title, panels, *lines):
 def page(text, runs):
     """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
     bare = list({str(run.flags): run for run in runs.values() if run.bare}.values())    # two maps share some
+    long = [run for run in bare if run.lines[64]["q_norm"] > LONG]
     groups = {run.name: seeds(runs, run.name) for run in runs.values()}
     every = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
     facts = {
         "runs": table(["runs", "ended (seeds), accuracy", "command of one seed"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
-        "first steps": count("warning", bare, is_dead),
-        "long ones down": fact([run for run in bare if run.lines[64]["q_norm"] > LONG], "down"),
+        "first steps": count("warning", bare, lambda run: run in long or run.lines[64]["live"][-1] == 0),
+        "long ones down": fact(long, "down"),
         "early sign": count("sign", [run for run in bare if run.falls], announced),
     }
     cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS}
