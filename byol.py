@@ -129,7 +129,7 @@ def parse_arguments(argv):
     add("--data-dir", "data", "where data sets lie and images are decoded to")
     add("--download", False, "download the data set if it is not there", action="store_true")
     add("--size", 16, "side of the views in pixels", type=within(int, 8, 4096))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)                      # and again, with the defaults that follow from it
     parser.set_defaults(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -210,24 +210,20 @@ def open_image(path):
 
 def open_folder(root):
     """Data sets root/train/CLASS/*, then root/unlabeled/* if there is one; root/test/CLASS/*; all paths."""
-    train = datasets.ImageFolder(f"{root}/train", loader=open_image)
-    test = datasets.ImageFolder(f"{root}/test", loader=open_image)
+    train, test = (datasets.ImageFolder(f"{root}/{name}", loader=open_image) for name in ("train", "test"))
     if len(train.classes) < 2 or train.classes != test.classes:
         stop(2, f"--data folder:{root}: train and test need the same classes, two or more")
-    every = datasets.ImageFolder(root, allow_empty=True)
-    train.samples += [(path, -1) for path, i in every.samples if every.classes[i] == "unlabeled"]
+    train.samples += datasets.folder.make_dataset(root, {"unlabeled": -1}, train.extensions, allow_empty=True)
     left_out = sum(len(files) for *_, files in os.walk(root, followlinks=True)) - len(train + test)
     if left_out:
         print(f"{root}: {left_out} files left out: no images, by their endings, or in no class's folder")
-    return train, test, [path for path, _ in every.samples]
+    return train, test, [path for path, _ in test.samples + train.samples]
 
 
 def decode(dataset, side):
     """A data set as the bytes of a .npy, uint8 (N, 3, side, side); other sizes are resized and cropped."""
     def pixels(i):
-        image = dataset[i][0]
-        if image.size != (side, side):
-            image = TF.center_crop(TF.resize(image, side), side)
+        image = TF.center_crop(TF.resize(dataset[i][0], side), side)
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes()
 
     header, shape = io.BytesIO(), (len(dataset), 3, side, side)
@@ -569,24 +565,20 @@ def linear_accuracy(train, train_labels, test, test_labels):
     return 100 * (guess == test_labels).double().mean().item()
 
 
-@torch.no_grad()
-def features(encoder, images, args):
-    """y of whole images, resized to --size, by the encoder in eval mode: (N, 8 * width), on the CPU."""
-    encoder.eval()
-    y = []
-    for x in images.split(256):
-        x = F.interpolate(x.to(args.device) / 255, args.size, mode="bilinear", antialias=True)
-        y.append(encoder(normalize(x)).cpu())
-    encoder.train()
-    return torch.cat(y)
-
-
 def evaluate(encoder, images, args):
-    """Test accuracy in percent of a linear classifier of y, fitted on the labelled training images."""
-    train = features(encoder, images.train[: len(images.train_labels)], args)
-    test = features(encoder, images.test, args)
-    if not torch.cat([train, test]).isfinite().all():
+    """Test accuracy in percent of a linear classifier of y, fitted on the labelled training images; y is of
+    whole images, resized to --size, by the encoder in eval mode."""
+    labelled, y = images.train[: len(images.train_labels)], []
+    encoder.eval()
+    for x in [*labelled.split(256), *images.test.split(256)]:
+        x = F.interpolate(x.to(args.device) / 255, args.size, mode="bilinear", antialias=True)
+        with torch.no_grad():
+            y.append(encoder(normalize(x)).cpu())
+    encoder.train()
+    y = torch.cat(y)
+    if not y.isfinite().all():
         stop(1, "the features are not finite: the run diverged; try a lower --lr")
+    train, test = y.split([len(labelled), len(images.test)])
     return linear_accuracy(train, images.train_labels, test, images.test_labels)
 
 
@@ -724,7 +716,7 @@ def set_up(args):
         network.to(args.device, memory_format=torch.channels_last)
         if args.compile:
             network.compile()
-    layers = (args.lars_layers or "") if args.opt == "lars" else None
+    layers = (args.lars_layers or "") if args.opt == "lars" else None       # "" is found in every name
     try:
         groups = param_groups(online, args.weight_decay, layers, args.lars_on, dict(args.lr_mult))
     except ValueError as error:
@@ -772,7 +764,7 @@ def begin(argv):
     check_memory(args)
     networks = set_up(args)
     if RANK > 0:
-        dist.barrier()                  # process 0 decodes the images and makes the folder before
+        dist.barrier()                  # until process 0, at its own below, has decoded and made the folder
     images = load_images(args)
     n = len(images.train)
     if args.batch_size > n:
