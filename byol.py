@@ -129,6 +129,9 @@ def parse_arguments(argv):
     add("--data-dir", "data", "where data sets lie and images are decoded to")
     add("--download", False, "download the data set if it is not there", action="store_true")
     add("--size", 16, "side of the views in pixels", type=within(int, 8, 4096))
+    for word in argv:
+        if re.fullmatch("--[a-z-]+=--", word):          # of which argparse makes an empty list before 3.13
+            stop(2, f"{word[:-3]}: -- is no value")
     args = parser.parse_args(argv)                      # and again, with the defaults that follow from it
     parser.set_defaults(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
     args = parser.parse_args(argv)
