@@ -71,7 +71,8 @@ def local_rates(params, grads, eta, weight_decay):
     w = torch.stack(torch._foreach_norm(params))
     g = torch.stack(torch._foreach_norm(grads))
     ratios = eta * w / (g + weight_decay * w)
-    return torch.where((w > 0) & (g > 0), ratios, 1.0).unbind()
+    defined = (w > 0) & (g > 0)
+    return torch.where(defined, ratios, 1.0).unbind()
 
 
 def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mult=None):
@@ -103,7 +104,8 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
         mult = math.prod(factor for found, factor in factors if name in found)
         key = (lars, decay, mult)
         group = dict(params=[], lars=lars, weight_decay=decay, lr_mult=mult)
-        groups.setdefault(key, group)["params"].append((name, p))
+        group = groups.setdefault(key, group)
+        group["params"].append((name, p))
     return list(groups.values())
 
 
