@@ -29,17 +29,17 @@ class LARS(torch.optim.Optimizer):
     rates = {}
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
-        settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta)
+        settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, lars=True)
         for name, value in settings.items():
-            if not 0 <= value < float("inf"):
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}, not a finite number of at least 0")
-        super().__init__(params, {**settings, "lars": True})
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns the closure's loss, or None without a closure."""
         with torch.enable_grad():
-            loss = closure() if closure else None
+            loss = closure and closure()
         self.rates = {}
         for group in self.param_groups:
             params = group["params"]
@@ -102,7 +102,7 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
         lars = name in adapted
         decay = 0.0 if name in plain else weight_decay
         mult = math.prod(factor for found, factor in factors if name in found)
-        key = (lars, decay, mult)
+        key = lars, decay, mult
         group = dict(params=[], lars=lars, weight_decay=decay, lr_mult=mult)
         group = groups.setdefault(key, group)
         group["params"].append((name, p))
