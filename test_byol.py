@@ -1130,6 +1130,10 @@ def test_the_studys_page_is_what_the_logs_say(tmp_path, monkeypatch):
     assert pictures == {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     assert (tmp_path / "README.md").read_text() == (HERE / "results" / "README.md").read_text()
     assert sorted(os.listdir(tmp_path / "figures")) == sorted(os.listdir(HERE / "results" / "figures"))
+    (tmp_path / "runs").unlink()
+    write_run(tmp_path / "runs", "", "bn-none-sgd-long-code-s0 down 20")
+    with pytest.raises(SystemExit, match="no finished run of bn-none-lars-code"):
+        report.main([])
 
 
 # ---------------------------------------------------------------------------------------------- README.md

@@ -351,6 +351,8 @@ def draw_maps(runs, _, maps):
         beginning, form, flag = words.split()
         chosen = [run for run in runs.values() if run.name.startswith(beginning) and run.name.endswith(form)]
         cells = {(run.flags[flag], run.flags["lr"]): seeds(runs, run.name) for run in chosen}
+        if not cells:
+            sys.exit(f"report.py: {HERE / 'runs'} holds no finished run of {beginning}*-{form}")
         rows, columns = (sorted(set(values)) for values in zip(*cells))
         colours = [[math.nan] * len(columns) for _ in rows]
         for (row, column), group in cells.items():
@@ -482,8 +484,9 @@ def main(folders):
         look(Path(folder))
     if not folders:
         finished = {name: run for name, run in load(HERE / "runs").items() if run.finished}
-        if not finished:
-            sys.exit(f"report.py: {HERE / 'runs'} holds no finished run")
+        lacking = [name for _, name, *_ in CLAIMS.values() if not seeds(finished, f"{name}-code")]
+        if lacking:
+            sys.exit(f"report.py: {HERE / 'runs'} holds no finished run of {lacking[0]}-code")
         (HERE / "figures").mkdir(exist_ok=True)
         (HERE / "README.md").write_text(page((HERE / "notes.md").read_text(), finished))
         print(f"{HERE / 'README.md'}: {len(finished)} finished runs")
