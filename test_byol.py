@@ -306,8 +306,9 @@ def test_param_groups():
 
 @pytest.mark.parametrize("name, code", [
     ("lars", "m = torch.nn.Linear(2, 2); m(torch.ones(1, 2)).sum().backward()"
-             "; lars.LARS(lars.param_groups(m, 1e-6), 0.2).step()"),
-    ("resnet_norms", "resnet_norms.resnet18('gn+ws', 8, 'cifar')(torch.ones(1, 3, 16, 16))"),
+             "; o = lars.LARS(lars.param_groups(m, 1e-6), 0.2); o.step(); assert set(o.rates) == {'weight'}"),
+    ("resnet_norms", "y = resnet_norms.resnet18('gn+ws', 8, 'cifar')(torch.ones(1, 3, 16, 16))"
+                     "; assert y.shape == (1, 64)"),
 ])
 def test_copied_alone(name, code, tmp_path):
     shutil.copy(HERE / f"{name}.py", tmp_path)
