@@ -61,7 +61,8 @@ def gather(rows):
 
 
 # ------------------------------------------------------------------------ arguments
-DECAY = {"sgd": 1e-4, "lars": 1.5e-6}       # default weight decay: the blog's code, the BYOL paper
+RATE = {"sgd": 0.2, "lars": 0.2, "adamw": 1e-3}
+DECAY = {"sgd": 1e-4, "lars": 1.5e-6, "adamw": 1e-2}    # the blog's code, the BYOL paper, torch
 QUEUE = 4096                                # target projections that moco keeps
 PLACES = ("out", "data_dir", "download")    # flags that may differ when a run is resumed
 
@@ -102,13 +103,15 @@ def parse_arguments(argv):
     add("--loss", "byol", "what pulls the views together", choices=["byol", "moco", "simclr"])
     add("--ema", 0.996, "target's share that stays at each step, on a cosine to 1", type=within(float, 0, 1))
     group = parser.add_argument_group("optimizer")
-    add("--opt", "sgd", "both with momentum 0.9", choices=list(DECAY))
+    add("--opt", "sgd", "sgd and lars with momentum 0.9", choices=list(DECAY))
     add("--lars-on", "weights", "all: biases and norms get LARS and decay too", choices=["weights", "all"])
     add("--lars-layers", None, "regular expression: only these layers get LARS, the rest SGD")
-    add("--lr", 0.2, "rate, not scaled by the batch, on a cosine to 0", type=within(float, 1e-9))
+    add("--lr", None, f"rate, not scaled by the batch, on a cosine to 0; unless given, {RATE}",
+        type=within(float, 1e-9))
     add("--lr-mult", [], "multiply the rate of these layers; may be repeated", type=regex_factor,
         action="append", metavar="REGEX=FACTOR")
-    add("--weight-decay", None, f"unless given, {DECAY}", type=within(float, 0))
+    add("--clip", None, "scale the whole gradient down to this norm where it is longer", type=within(float, 1e-9))
+    add("--weight-decay", None, f"unless given, {DECAY}; adamw: on weights alone", type=within(float, 0))
     add("--warmup", 0.0, "share of the run with linear warm-up", type=within(float, 0, 1))
     group = parser.add_argument_group("run")
     add("--steps", 1500, "length of the run; 0: random features", type=within(int, 0))
@@ -133,7 +136,8 @@ def parse_arguments(argv):
         if re.fullmatch("--[a-z-]+=--", word):          # of which argparse makes an empty list before 3.13
             stop(2, f"{word[:-3]}: -- is no value")
     args = parser.parse_args(argv)                      # and again, with the defaults that follow from it
-    parser.set_defaults(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm, weight_decay=DECAY[args.opt])
+    parser.set_defaults(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm)
+    parser.set_defaults(lr=RATE[args.opt], weight_decay=DECAY[args.opt])
     args = parser.parse_args(argv)
     changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     for wrong, why in (
@@ -497,9 +501,10 @@ def collapse_state(state, rep_dist):
     return "recovered" if state in ("collapsed", "recovered") else "healthy"
 
 
-def layer_metrics(online, optimizer):
+def layer_metrics(online, optimizer, unclipped):
     """Of the weights (no biases, no norms) of stem, layer1, ..., prediction, after a step: norm of gradient
-    and weights, the largest weight over its tensor's rms, the mean local LARS rate (None without LARS)."""
+    and weights, the largest weight over its tensor's rms, the mean local LARS rate (None without LARS).
+    `unclipped`: the factor by which the gradient was longer before it was clipped."""
     rates, metrics = getattr(optimizer, "rates", {}), {}
     named = [(name, p) for name, p in online.named_parameters() if p.ndim > 1]
     layers = itertools.groupby(named, lambda pair: pair[0].removeprefix("encoder.").split(".")[0])
@@ -508,7 +513,7 @@ def layer_metrics(online, optimizer):
         local = [rates[name] for name in names if name in rates]
         peaks = [w.abs().max() / w.square().mean().sqrt().clamp_min(1e-30) for w in weights]
         metrics["stem" if layer == "conv1" else layer] = {
-            "grad_norm": torch.stack([w.grad.norm() for w in weights]).norm().item(),
+            "grad_norm": torch.stack([w.grad.norm() for w in weights]).norm().item() * unclipped,
             "weight_norm": torch.stack([w.norm() for w in weights]).norm().item(),
             "max_over_rms": max(peaks).item(),
             "lars_rate": torch.stack(local).mean().item() if local else None,
@@ -517,9 +522,10 @@ def layer_metrics(online, optimizer):
 
 
 @torch.no_grad()
-def measure(args, online, optimizer, y, z, q):
+def measure(args, online, optimizer, y, z, q, grad_norm):
     """All metrics of a step, over the batch of all processes. `live`: of the hidden units of projection and
-    prediction, computed anew after the step, the share that some images switch on and others off."""
+    prediction, computed anew after the step, the share that some images switch on and others off. `grad_norm`:
+    the whole gradient's before it was clipped, None if it was not."""
     (y1, y2), (z1, z2), (q1, q2) = ([gather(view) for view in t.chunk(2)] for t in (y, z, q))
     hidden = [online.projection[0](torch.cat([y1, y2])) > 0]
     if args.loss == "byol":
@@ -527,7 +533,10 @@ def measure(args, online, optimizer, y, z, q):
     metrics = collapse_metrics(y1, z1, y2, z2)
     metrics["q_norm"] = torch.cat([q1, q2]).norm(dim=1).mean().item()
     metrics["live"] = [(on.any(0) & ~on.all(0)).float().mean().item() for on in hidden]
-    metrics["layers"] = layer_metrics(online, optimizer)
+    clipped = nn.utils.get_total_norm([p.grad for p in online.parameters()]).item()
+    metrics["grad_norm"] = clipped if grad_norm is None else grad_norm.item()
+    unclipped = 1.0 if grad_norm is None else grad_norm.item() / max(clipped, 1e-30)
+    metrics["layers"] = layer_metrics(online, optimizer, unclipped)
     return metrics
 
 
@@ -720,17 +729,21 @@ def set_up(args):
         if args.compile:
             network.compile()
     layers = (args.lars_layers or "") if args.opt == "lars" else None       # "" is found in every name
+    decay_on = "all" if args.opt == "sgd" else args.lars_on                 # the blog's SGD: on every parameter
     try:
-        groups = param_groups(online, args.weight_decay, layers, args.lars_on, dict(args.lr_mult))
+        groups = param_groups(online, args.weight_decay, layers, decay_on, dict(args.lr_mult))
     except ValueError as error:
         stop(2, f"--lars-layers or --lr-mult: {error}")
     if args.opt == "lars":
         return online, target, LARS(groups, args.lr)
+    if args.opt == "adamw":
+        return online, target, torch.optim.AdamW(groups, args.lr, fused=True)
     return online, target, torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
 
 
 def train_step(args, images, online, target, optimizer, step):
-    """Step 0, 1, ... of the run. Returns loss, y, z, q of both views of this process's share of the batch."""
+    """Step 0, 1, ... of the run. Returns loss, y, z, q of both views of this process's share of the batch, and
+    the gradient's norm before it was clipped, or None without --clip."""
     views = load_views(images, step, args)
     with torch.autocast(views.device.type, torch.bfloat16, enabled=args.amp):
         y, z, q = (t.float() for t in online(views))
@@ -746,6 +759,7 @@ def train_step(args, images, online, target, optimizer, step):
         loss = simclr_loss(gather(q1), gather(q2))
     optimizer.zero_grad()
     loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(online.parameters(), args.clip) if args.clip else None
     for group in optimizer.param_groups:
         group["lr"] = rate(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
     optimizer.step()
@@ -754,7 +768,7 @@ def train_step(args, images, online, target, optimizer, step):
         keys = F.normalize(torch.cat([gather(t1), gather(t2)]))
         place = torch.arange(len(keys), device=keys.device) + step * len(keys)
         target.queue.index_copy_(0, place % QUEUE, keys)
-    return [t.detach() for t in (loss, y, z, q)]
+    return *(t.detach() for t in (loss, y, z, q)), grad_norm
 
 
 def begin(argv):

@@ -76,11 +76,10 @@ def local_rates(params, grads, eta, weight_decay):
 
 
 def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mult=None):
-    """Parameter groups of `model` for LARS, or for torch.optim.SGD where lars_layers is None.
+    """Parameter groups of `model` for LARS, or for an optimizer of torch's.
 
-    lars_layers: regular expression; where it is found in a name there is LARS, elsewhere SGD.
+    lars_layers: regular expression; where it is found in a name there is LARS, elsewhere SGD. None: nowhere.
     lars_on: "weights" leaves biases and norm layers without LARS and decay (BYOL paper), "all" does not.
-        Where lars_layers is None all have the decay.
     lr_mult: {regular expression: factor}; a group's "lr_mult" is the product of those found in its names,
         and the caller sets group["lr"] = rate * group["lr_mult"] at each step.
     Raises ValueError if no parameter requires a gradient, or for an expression malformed or found nowhere.
@@ -90,12 +89,11 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("no parameter of the model requires a gradient")
-    plain, adapted = set(), set()
-    if lars_layers is not None:
-        if lars_on == "weights":
-            of_norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}
-            plain = {name for name, p in named.items() if p in of_norms or name.endswith("bias")}
-        adapted = find(lars_layers, named.keys() - plain)
+    plain = set()
+    if lars_on == "weights":
+        of_norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}
+        plain = {name for name, p in named.items() if p in of_norms or name.endswith("bias")}
+    adapted = set() if lars_layers is None else find(lars_layers, named.keys() - plain)
     factors = [(find(regex, named), factor) for regex, factor in (lr_mult or {}).items()]
     groups = {}
     for name, p in named.items():

@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh                                 all claims, in both forms, on the embedded images
 #   bash run_all.sh C4 D7 gn-none-lars-0.5          those of some claims, some configurations
-#   bash run_all.sh full why wide map               what no claim needs, only if named
+#   bash run_all.sh full why fashion wide blog map  what no claim needs, only if named
 #   bash run_all.sh --list                          print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results/runs bash run_all.sh C3 C4 -- --width 16
 #
@@ -16,10 +16,13 @@
 # NAME-paper, the BYOL paper's (LARS on weights, a linear warm-up over a tenth of the run); if its name ends
 # in -code or -paper, that one alone. NAME@SWITCH is NAME with one thing changed.
 
-GN="--enc-norm gn --mlp-norm none" WS="--enc-norm gn+ws --mlp-norm none" LARS="--opt lars"
+GN="--enc-norm gn --mlp-norm none" NONE="--enc-norm none --mlp-norm none"
+WS="--enc-norm gn+ws --mlp-norm none" LARS="--opt lars"
 PROJ="--proj-norm bn --pred-norm none" PRED="--proj-norm none --pred-norm bn"
 CONVS="conv|downsample.0" MLPS="(projection|prediction)" EARLY="encoder.layer[12]"
 ON_MLPS="$LARS --lr 0.2 --lars-layers '$MLPS'"
+WIDE="--width 64 --stem imagenet --size 32 --batch-size 64"
+BLOG="--width 64 --stem imagenet --size 96 --batch-size 256"
 # claims       name                    steps   flags
 CONFIGURATIONS="
 C3,C5,B3,X1    bn-bn-sgd               6000    --enc-norm bn --mlp-norm bn --lr 0.8
@@ -45,6 +48,13 @@ D2             gn-none-sgd-wd1e-4      24000   $GN --lr 0.2 --weight-decay 1e-4
 D3             gn-none-sgd-wd1e-6      24000   $GN --lr 0.2 --weight-decay 1e-6
 D3             gn-none-sgd-wd1e-3      24000   $GN --lr 0.2 --weight-decay 1e-3
 D5             gnws-none-sgd           24000   $WS --lr 0.2
+D11            gn-none-sgd-0.2-clip-0.1-code 6000 $GN --lr 0.2 --clip 0.1
+D11            none-none-sgd-0.2-clip-0.1-code 6000 $NONE --lr 0.2 --clip 0.1
+D11            gn-none-sgd-0.8-clip-0.1-code 6000 $GN --lr 0.8 --clip 0.1
+D11            gn-none-adamw-1e-4      6000    $GN --opt adamw --lr 1e-4
+D11            gn-none-adamw-3e-4      6000    $GN --opt adamw --lr 3e-4
+D11            gn-none-adamw-1e-3      6000    $GN --opt adamw --lr 1e-3
+D11            gn-none-adamw-3e-3      6000    $GN --opt adamw --lr 3e-3
 C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
 C6          gn-bn-sgd@warm-up-of-600-code 6000 --enc-norm gn --mlp-norm bn --lr 0.8 --warmup 0.1
 C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm bn --lr 0.8
@@ -89,6 +99,47 @@ D9          gn-none-lars-mlps@BN-in-the-prediction-code 6000 --enc-norm gn $PRED
 D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $ON_MLPS
 full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5
 full gnws-none-sgd@the-original-length 131200 $WS --lr 0.2
+why            none-none-sgd-0.2-code  6000    $NONE --lr 0.2
+why            none-none-lars-0.2-paper 6000   $NONE $LARS --lr 0.2
+why            clip-early-code         6000    results/clip.py early $GN --lr 0.2 --clip 0.1 --batch-size 32
+why            clip-late-code          6000    results/clip.py late $GN --lr 0.2 --clip 0.1 --batch-size 32
+why            gn-none-sgd-0.02-code   6000    $GN --lr 0.02
+why            clip-scaled-code        6000    results/clip.py scaled $GN --lr 0.02 --clip 1 --batch-size 32
+why            bn-none-sgd-0.8-clip-0.1-code 6000 --enc-norm bn --mlp-norm none --lr 0.8 --clip 0.1
+why            gnws-none-sgd-0.2-clip-0.1-code 6000 $WS --lr 0.2 --clip 0.1
+why            gn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm gn --mlp-norm bn --lr 0.8 --clip 0.1
+why            bn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm bn --mlp-norm bn --lr 0.8 --clip 0.1
+why            gn-none-adamw-1e-3-clip-0.1-code 6000 $GN --opt adamw --lr 1e-3 --clip 0.1
+why            bn-bn-adamw-1e-3-code   6000    --enc-norm bn --mlp-norm bn --opt adamw --lr 1e-3
+fashion        fashion-gn-none-sgd-0.8-code 3000 --data fashion-mnist $GN --lr 0.8
+fashion        fashion-gn-none-sgd-0.2-clip-0.1-code 3000 --data fashion-mnist $GN --lr 0.2 --clip 0.1
+fashion        fashion-none-none-sgd-0.2-clip-0.1-code 3000 --data fashion-mnist $NONE --lr 0.2 --clip 0.1
+fashion        fashion-gn-none-lars-0.2-code 3000 --data fashion-mnist $GN $LARS --lr 0.2
+wide           wide-bn-bn-sgd-code     3000    --enc-norm bn --mlp-norm bn --lr 0.8 $WIDE
+wide           wide-bn-bn-sgd-0.2-code 3000    --enc-norm bn --mlp-norm bn --lr 0.2 $WIDE
+wide           wide-gn-none-sgd-code   3000    $GN --lr 0.8 $WIDE
+wide           wide-gn-none-sgd-0.2-clip-0.1-code 3000 $GN --lr 0.2 --clip 0.1 $WIDE
+wide           wide-none-none-sgd-0.2-clip-0.1-code 3000 $NONE --lr 0.2 --clip 0.1 $WIDE
+wide           wide-gn-none-lars-0.2-paper 3000 $GN $LARS --lr 0.2 $WIDE
+wide           wide-gn-none-lars-0.2-code 3000 $GN $LARS --lr 0.2 $WIDE
+wide           wide-gn-bn-sgd-code     3000    --enc-norm gn --mlp-norm bn --lr 0.8 $WIDE
+wide           wide-gn-none-sgd-paper  3000    $GN --lr 0.8 $WIDE
+wide           wide-gn-none-lars-0.5-code 3000 $GN $LARS --lr 0.5 $WIDE
+wide           wide-gn-none-lars-0.1-code 3000 $GN $LARS --lr 0.1 $WIDE
+wide           wide-gn-none-adamw-1e-3-paper 3000 $GN --opt adamw --lr 1e-3 $WIDE
+wide           wide-gn-none-sgd-0.8-clip-0.1-code 3000 $GN --lr 0.8 --clip 0.1 $WIDE
+wide           wide-bn-none-sgd-code   3000    --enc-norm bn --mlp-norm none --lr 0.8 $WIDE
+wide           wide-gn-none-lars-early-paper 3000 $GN $LARS --lr 0.2 --lars-layers '$EARLY' $WIDE
+wide           wide-gn-none-lars-mlps-paper 3000 $GN $ON_MLPS $WIDE
+wide           wide-gnws-none-sgd-paper 3000   $WS --lr 0.2 $WIDE
+blog           blog-bn-bn-sgd-code     2000    --enc-norm bn --mlp-norm bn --lr 0.8 $BLOG
+blog           blog-gn-none-sgd-code   2000    $GN --lr 0.8 $BLOG
+blog           blog-gn-none-sgd-0.2-clip-0.1-code 2000 $GN --lr 0.2 --clip 0.1 $BLOG
+blog           blog-gn-none-lars-0.2-code 2000 $GN $LARS --lr 0.2 $BLOG
+blog           blog-gn-none-lars-0.2-paper 2000 $GN $LARS --lr 0.2 $BLOG
+blog           blog-gn-bn-sgd-code     2000    --enc-norm gn --mlp-norm bn --lr 0.8 $BLOG
+blog           blog-gn-none-lars-0.1-code 2000 $GN $LARS --lr 0.1 $BLOG
+blog           blog-gn-none-adamw-1e-3-paper 2000 $GN --opt adamw --lr 1e-3 $BLOG
 why            no-decay-code           24000   $GN --lr 0.2 --weight-decay 0 --warmup 0.0125
 why            harm-lengths-paper       6000    results/harm.py lengths $GN --lr 0.2 --batch-size 32
 why            harm-units-paper         6000    results/harm.py units $GN --lr 0.2 --batch-size 32
@@ -112,12 +163,13 @@ for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
         CONFIGURATIONS+="map map-sgd-$lr-$decay-paper 3000 $GN --lr $lr --weight-decay $decay"$'\n'
         CONFIGURATIONS+="map map-lars-$lr-$decay 3000 $GN --lr $lr --weight-decay $decay $LARS"$'\n'
     done
+    for clip in 0.01 0.03 0.1 0.3 1 3; do
+        CONFIGURATIONS+="map map-clip-$lr-$clip-code 3000 $GN --lr $lr --clip $clip"$'\n'
+    done
     for warmup in 0 0.01 0.03 0.1 0.3 1; do
         CONFIGURATIONS+="map map-warmup-$lr-$warmup-code 3000 $GN --lr $lr --warmup $warmup"$'\n'
     done
 done
-wide="4100 --width 64 --stem imagenet --size 96 --batch-size 256"
-CONFIGURATIONS+=$(sed -nE "s/^\S*(C[3-7]|D7)\S* +([^ @]+) +6000 +/wide wide-\2 $wide /p" <<<"$CONFIGURATIONS")
 
 set -uf                             # no globbing: of SEEDS
 usage() { echo "run_all.sh: $1" >&2; exit 2; }
@@ -142,6 +194,9 @@ done
 [[ $JOBS -gt 0 && $SEEDS == *[0-9]* ]] || usage "JOBS is at least 1, and SEEDS at least one number"
 export OUT=${OUT:-runs} GPUS
 
+# Append a flag and its value to `command`, unless it has the flag already.
+lacks() { [[ " $command " == *" $1 "* ]] || command+=" $1 $2"; }
+
 # A line for each run: its name, its length and its command, separated by tabs.
 runs() {
     more=$([ $# -eq 0 ] || printf ' %q' "$@")
@@ -153,13 +208,17 @@ runs() {
             [[ $flags == results/* ]] || flags="byol.py $flags"
             for form in code paper; do
                 case $name-$form in *-code-paper | *-paper-code) continue ;; esac
-                run=${name%-"$form"}-$form-s$seed
-                extra="--steps $steps --data $(printf %q "${DATA:-shapes}") --seed $seed --threads 1"
-                extra+=" --log-every $((steps < 40 ? 1 : steps / 40)) --eval-every $((steps / 2))"
-                [[ $form/$flags != code/*lars* ]] || extra+=" --lars-on all"
-                [[ $form == code || $flags == *--warmup* ]] || extra+=" --warmup 0.1"
-                extra+=" --out $(printf %q "$OUT/$run")$more"
-                printf '%s\t%s\t%s\n' "$run" "$steps" "python $flags $extra"
+                run=${name%-"$form"}-$form-s$seed command="python $flags"
+                lacks --steps "$steps"
+                lacks --data "$(printf %q "${DATA:-shapes}")"
+                lacks --seed "$seed"
+                lacks --threads 1
+                lacks --log-every $((steps < 40 ? 1 : steps / 40))
+                lacks --eval-every $((steps / 2))
+                [[ $form/$flags != code/*"--opt lars"* ]] || lacks --lars-on all
+                [[ $form == code ]] || lacks --warmup 0.1
+                lacks --out "$(printf %q "$OUT/$run")"
+                printf '%s\t%s\t%s\n' "$run" "$steps" "$command$more"
             done
         done <<<"$CONFIGURATIONS"
     done

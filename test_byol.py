@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression
 import byol
 import lars
 import resnet_norms
-from results import bench, report
+from results import bench, clip, report
 
 HERE = Path(__file__).parent
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -288,7 +288,8 @@ def test_param_groups():
     plain, weights = (False, 0.0, 1), {"0.weight", "3.weight"}
     assert described() == {n: (True, 0.1, 1) if n in weights else plain for n in names}
     assert described(lars_on="all") == {n: (True, 0.1, 1) for n in names}
-    assert described(lars_layers=None) == {n: (False, 0.1, 1) for n in names}
+    assert described(lars_layers=None, lars_on="all") == {n: (False, 0.1, 1) for n in names}
+    assert described(lars_layers=None) == {n: (False, 0.1, 1) if n in weights else plain for n in names}
     some = {"3.weight": (True, 0.1, 2), "0.weight": (False, 0.1, 20), "0.bias": (False, 0, 10)}
     assert described(lars_layers="^3", lr_mult={"^0": 10, "weight": 2}).items() >= some.items()
     model[0].weight.requires_grad_(False)
@@ -428,7 +429,7 @@ def test_live_units_are_on_for_some_and_off_for_others():
         online.projection[0][0].bias[:128] += 1000          # always on
         online.projection[0][0].bias[128:256] -= 1000       # always off
         online.prediction[0][0].bias -= 1000
-    metrics = byol.measure(args, online, optimizer, y, z, q)
+    metrics = byol.measure(args, online, optimizer, y, z, q, None)
     assert metrics["live"] == [pytest.approx(0.5, abs=0.02), 0]
     assert metrics["q_norm"] == pytest.approx(q.norm(dim=1).mean().item())
 
@@ -446,7 +447,8 @@ def test_schedules():
     assert [byol.tau(step, 100, 0.9) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 
-@pytest.mark.parametrize("flags", ["--enc-norm bn --mlp-norm bn", GN, f"{GN} --loss moco"])
+@pytest.mark.parametrize("flags", [
+    "--enc-norm bn --mlp-norm bn", GN, f"{GN} --loss moco", f"{GN} --clip 0.1", f"{GN} --opt adamw"])
 def test_step_equals_the_plain_one(flags, shapes, monkeypatch):
     """Both views in one pass, channels_last and the fused updates against BYOL written out, in 20 steps, each
     from the same state: with BN, rounding alone drives two runs apart very fast."""
@@ -456,12 +458,16 @@ def test_step_equals_the_plain_one(flags, shapes, monkeypatch):
     monkeypatch.setattr(byol, "per_view", lambda norm: norm)
     plain = byol.Network(args)
     plain_target = byol.make_target(plain, args.loss)
-    plain_optimizer = torch.optim.SGD(lars.param_groups(plain, 1e-4, None), 0.2, momentum=0.9)
+    plain_optimizer = torch.optim.SGD(lars.param_groups(plain, 1e-4, None, "all"), 0.2, momentum=0.9)
+    if args.opt == "adamw":
+        weights, others = ([p for p in plain.parameters() if (p.ndim > 1) == large] for large in (True, False))
+        groups = [dict(params=weights, weight_decay=0.01), dict(params=others, weight_decay=0)]
+        plain_optimizer = torch.optim.AdamW(groups)
     for step in range(20):
         for mine, theirs in ((plain, online), (plain_target, target), (plain_optimizer, optimizer)):
             mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
         before = flat(plain)
-        loss, *_ = byol.train_step(args, shapes.train, online, target, optimizer, step)
+        loss, y, z, q, grad_norm = byol.train_step(args, shapes.train, online, target, optimizer, step)
 
         v1, v2 = byol.load_views(shapes.train, step, args).contiguous().chunk(2)
         with torch.no_grad():
@@ -475,8 +481,15 @@ def test_step_equals_the_plain_one(flags, shapes, monkeypatch):
             assert torch.allclose(target.queue, full, atol=1e-6)
         plain_optimizer.zero_grad()
         plain_loss.backward()
+        metrics = byol.measure(args, online, optimizer, y, z, q, grad_norm)
+        norm = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
+        stem = plain.encoder.conv1.weight.grad.norm().item()
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=0.02)
+        assert metrics["layers"]["stem"]["grad_norm"] == pytest.approx(stem, rel=0.05, abs=1e-8)
+        for p in plain.parameters():
+            p.grad *= min(1, (args.clip or math.inf) / norm)
         for group in plain_optimizer.param_groups:
-            group.update(lr=0.1 * (1 + math.cos(math.pi * step / 20)), fused=None)
+            group.update(lr=args.lr / 2 * (1 + math.cos(math.pi * step / 20)), fused=None)
         plain_optimizer.step()
         tau = 1 - 0.002 * (1 + math.cos(math.pi * step / 20))
         fast, slow = dict(plain.named_parameters()), dict(plain_target.named_parameters())
@@ -490,7 +503,7 @@ def test_amp_keeps_loss_and_metrics_in_fp32(shapes):
     losses = {}
     for amp in (False, True):
         args = byol.parse_arguments([*"--width 4 --batch-size 16 --steps 5".split(), *["--amp"] * amp])
-        loss, *outputs = byol.train_step(args, shapes.train, *byol.set_up(args), 0)
+        loss, *outputs, _ = byol.train_step(args, shapes.train, *byol.set_up(args), 0)
         assert loss.dtype == torch.float32 and all(t.dtype == torch.float32 for t in outputs)
         losses[amp] = loss.item()
     assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.03)
@@ -650,7 +663,7 @@ def test_run_writes_what_it_promises(flags, tmp_path, capsys):
     random, last = evaluations[0]["accuracy"], evaluations[-1]["accuracy"]
     assert f"{last:.2f} %, of random features {random:.2f} %" in capsys.readouterr().out.splitlines()[-2]
     names = set("step epoch loss lr ema pos_cos neg_cos rep_dist common".split())
-    names |= set("z_norm q_norm live z_std y_std y_rank layers".split())
+    names |= set("z_norm q_norm live z_std y_std y_rank grad_norm layers".split())
     layers = ["stem", "layer1", "layer2", "layer3", "layer4", "projection", "prediction"]
     contrastive = "moco" in flags or "simclr" in flags
     for line in training:
@@ -810,15 +823,17 @@ def test_run_all_is_clean_shell():
 def test_run_all_lists_and_runs_nothing(tmp_path):
     settings = dict(SEEDS="0 1", OUT=str(tmp_path / "out"), STEPS="7")
     output = run_all("--list", **settings).stdout
-    output += run_all("--list", "full", "why", "wide", "map", **settings).stdout
+    output += run_all("--list", "full", "why", "fashion", "wide", "blog", "map", **settings).stdout
     commands = [shlex.split(line) for line in output.splitlines()]
     assert len(commands) == len({command[command.index("--out") + 1] for command in commands}) > 400
     first = f"OUT={tmp_path}/out bash run_all.sh --list why wide map | head -n 1"
     subprocess.run(["bash", "-c", first], cwd=HERE, check=True, timeout=60)
     assert not (tmp_path / "out").exists()
     for python, script, *words in commands:
+        flags = [word for word in words if word.startswith("--")]
+        assert len(flags) == len(set(flags)) and ("fashion-mnist" in words) == ("/fashion-" in words[-1])
         assert python == "python" and (HERE / script).exists()
-        assert byol.parse_arguments(words[script == "results/harm.py" :]).steps == 7
+        assert byol.parse_arguments(words[script in ("results/harm.py", "results/clip.py") :]).steps == 7
     one = run_all("--list", "gn-none-lars-0.5").stdout.splitlines()
     assert len(one) == 2 and all("--lr 0.5" in command for command in one)
     run = run_all("--list", "C4", "--", "--lr-mult", "layer[1]=2 ", DATA="folder:a b", OUT="c d")
@@ -829,6 +844,14 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
         assert run.stderr.startswith("run_all.sh: ") and run.returncode == 2
     for bad in ({"JOBS": "0x"}, {"JOBS": "0"}, {"STEPS": "08"}, {"SEEDS": "a"}, {"SEEDS": " "}):
         assert run_all("--list", **bad).returncode == 2
+
+
+def test_recorded_commands_are_those_of_run_all():
+    settings = dict(SEEDS="0 1 2 3 4 10 11", DATA="folder:data/cifar10-jpeg", OUT="results/runs")
+    groups = [[], ["full", "why", "fashion", "wide", "map"]]
+    listed = {line for words in groups for line in run_all("--list", *words, **settings).stdout.splitlines()}
+    configs = [json.loads(path.read_text()) for path in (HERE / "results" / "runs").glob("*/config.json")]
+    assert len(configs) > 500 and not {config["command"] for config in configs} - listed
 
 
 @pytest.mark.parametrize("visible", [{}, {"CUDA_VISIBLE_DEVICES": "4,7"}])
@@ -897,7 +920,7 @@ def test_killed_and_resumed_on_a_gpu(flags, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("flags, word", [
-    ("--widht 4", "--widht"), ("--enc-norm ln", "--enc-norm"), ("--opt adam", "--opt"),
+    ("--widht 4", "--widht"), ("--enc-norm ln", "--enc-norm"), ("--opt adam", "--opt"), ("--clip 0", "--clip"),
     ("--width 5 --enc-norm gn", "width"),
     *((f"{flag} {value}", flag) for flag in "--width --size --batch-size --lr --log-every".split()
       for value in ("0", "-1", "x", "nan")),
@@ -1002,6 +1025,27 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path):
         assert other[-2]["q_norm"] == pytest.approx(2800, rel=0.1)
 
 
+def test_the_gradient_is_clipped_early_late_or_scaled(tmp_path, monkeypatch):
+    """By clip.py: up to STEP the log is that of a run that is clipped throughout, or never, and then it is not."""
+    flags = [*TINY, *GN.split(), *"--steps 6 --log-every 1 --out".split()]
+    main(*flags, tmp_path / "never")
+    main(*flags, tmp_path / "always", "--clip", "0.1")
+    monkeypatch.setattr(clip, "STEP", 4)
+    monkeypatch.setattr(byol, "train_step", clip.partly_clipped_step)
+    for what, before in (("early", "always"), ("late", "never")):
+        monkeypatch.setattr(clip, "WHAT", what)
+        main(*flags, tmp_path / what, "--clip", "0.1")
+        same = [a == b for a, b in zip(log(tmp_path / what), log(tmp_path / before), strict=True)]
+        assert same[:6] == [True] * 5 + [False]     # random features, steps 1 to 4; step 5
+    for scale in (1e-3, 1e3):
+        layer = nn.Linear(3, 4)
+        (scale * layer(torch.ones(2, 3)).square()).sum().backward()
+        before = torch.cat([p.grad.flatten() for p in layer.parameters()])
+        norm = clip.scale_grad_norm_(layer.parameters(), 0.5)
+        after = torch.cat([p.grad.flatten() for p in layer.parameters()])
+        torch.testing.assert_close([norm, after], [before.norm(), before * 0.5 / before.norm()])
+
+
 @pytest.mark.parametrize("flags", ["", f"{GN} --opt lars --amp", pytest.param("--device cuda", marks=GPU)])
 def test_bench_times_every_part(flags, capsys, monkeypatch):
     monkeypatch.setattr(bench.Timer, "blocked_autorange", lambda timer, min_run_time: timer.timeit(1))
@@ -1050,12 +1094,12 @@ X1  healthy 31, healthy 40 | healthy 29, healthy 40 | down 31, healthy 40
 """
 
 
-def write_run(folder, ending, run):
+def write_run(folder, ending, run, lr=0.2):
     """A run's folder, NAME and `ending`, as EVIDENCE describes it."""
     name, distances, accuracy, *flat = run.split()
     out = folder / (name + ending)
     out.mkdir(parents=True)
-    flags = dict(steps=100, seed=int(ending.rpartition("s")[2] or 0), lr=0.2, weight_decay=1e-4, warmup=0.1)
+    flags = dict(steps=100, seed=int(ending.rpartition("s")[2] or 0), lr=lr, weight_decay=1e-4, warmup=0.1)
     flags |= dict(enc_norm="gn", proj_norm="none", pred_norm="none", loss="byol", opt="lars")
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command="python byol.py", cpu="C")))
     lines = [dict(step=0, accuracy=20, state="untrained")]
@@ -1096,6 +1140,26 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
     for line in run_all("--list", claim).stdout.splitlines():
         write_run(tmp_path / "listed", "", f"{Path(shlex.split(line)[-1]).name} healthy 40")
     assert cells("listed")[2] != "not run"          # run_all.sh's own lines are enough for the rule
+
+
+@pytest.mark.parametrize("learning, outcome", [
+    ({}, "holds"),
+    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "none-none-sgd-0.2-clip-0.1-code": 3}, "holds"),      # one rate
+    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-adamw-1e-3-paper": 3}, "holds"),     # one rate of each
+    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-sgd-0.8-clip-0.1-code": 1}, "holds"),
+    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-sgd-0.8-clip-0.1-code": 2},
+     "no; clipped SGD learns at 0.2 (3 of 3), 0.8 (2 of 3)"),
+    ({"gn-none-adamw-1e-3-paper": 2, "gn-none-adamw-3e-4-code": 3},
+     "no; AdamW learns at 0.0003 (3 of 3), 0.001 (2 of 3)"),
+])
+def test_lars_alone_can_hold_and_be_refuted(learning, outcome, tmp_path):
+    names = itertools.chain(*report.NOT_LAYERWISE.values())
+    for name, form, seed in itertools.product(names, report.FORMS, range(3)):
+        lr = float(re.search(r"-(\d[.\d]*(e-\d)?)-", f"{name}-")[1])
+        learns = seed < learning.get(f"{name}-{form}", 0)
+        run = "healthy 22" if learns else ["healthy 21", "down 30"][seed % 2]
+        write_run(tmp_path, f"-{form}-s{seed}", f"{name} {run}", lr)
+    assert report.lars_alone_cells(report.load(tmp_path))[2] == outcome
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):

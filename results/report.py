@@ -207,6 +207,42 @@ CLAIMS = {  # id: its rule and the configurations that this takes; the table sho
 }
 
 
+# D11 is judged over rates as well as seeds: the optimizers that are not layerwise, and their runs.
+NOT_LAYERWISE = {
+    "clipped SGD": ("gn-none-sgd-0.2-clip-0.1", "gn-none-sgd-0.8-clip-0.1", "none-none-sgd-0.2-clip-0.1"),
+    "AdamW": ("gn-none-adamw-1e-4", "gn-none-adamw-3e-4", "gn-none-adamw-1e-3", "gn-none-adamw-3e-3"),
+}
+
+
+def rates_that_learn(runs, names):
+    """{rate: "N of M"} of the configurations that learn, and do not end down, in most of three seeds or more."""
+    rates = {}
+    for name in names:
+        group = seeds(runs, name)
+        learning = sum(run.learns and not run.down for run in group)
+        if len(group) > 2 and learning > len(group) / 2:
+            rates[group[0].flags["lr"]] = f"{learning} of {len(group)}"
+    return rates
+
+
+def lars_alone_cells(runs):
+    """D11 as verdict_cells has the others: by form at how many rates each optimizer learns. One that does at
+    two rates or more refutes the claim."""
+    names = {what: [f"{name}-{form}" for form in FORMS for name in mains] for what, mains in NOT_LAYERWISE.items()}
+    ran = [run for found in names.values() for name in found for run in seeds(runs, name)]
+    cells = []
+    for form in FORMS:
+        counts = {what: len(rates_that_learn(runs, [name for name in found if name.endswith(form)]))
+                  for what, found in names.items()}
+        cells.append(", ".join(f"{what} at {n} rates" for what, n in counts.items()))
+    learning = {what: rates_that_learn(runs, found) for what, found in names.items()}
+    refuting = [f"{what} learns at " + ", ".join(f"{lr:g} ({count})" for lr, count in sorted(rates.items()))
+                for what, rates in learning.items() if len(rates) > 1]
+    outcome = f"no; {'; '.join(refuting)}" if refuting else "holds" if ran else "not run"
+    by_form = (fact([run for run in ran if run.name.endswith(form)], "accuracy") for form in FORMS)
+    return [*cells, outcome, " / ".join(by_form), fact(ran, "random"), None]
+
+
 def verdicts(runs, claim):
     """{NAME: [whether the claim holds] for each seed} of all that was run; NAME is that of the first run with
     the switch. A configuration that was not run with the switch is taken without it."""
@@ -465,10 +501,11 @@ def page(text, runs):
         "long ones down": fact(long, "down"),
         "early sign": count("sign", [run for run in bare if run.falls], announced),
     }
-    cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS}
+    cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS} | {"D11": lars_alone_cells(runs)}
     facts |= {f"verdict {claim}": " | ".join(row[:-1]) for claim, row in cells.items()}
-    for name, begin in (("hold", "holds"), ("flip", "no; with"), ("do not", "no; tried")):
-        facts["claims that " + name] = str(sum(row[2].startswith(begin) for row in cells.values()))
+    outcomes = Counter(re.match("holds|no; with|no;|not run", row[2])[0] for row in cells.values())
+    for name, begin in (("hold", "holds"), ("flip", "no; with"), ("do not", "no;")):
+        facts["claims that " + name] = str(outcomes[begin])
 
     def replaced(match):
         words = match[1].split()
