@@ -1,22 +1,25 @@
-r"""BYOL with and without batch statistics: does it collapse, and what brings it back? Results: README.md
+r"""BYOL with and without batch statistics: does it collapse, and what keeps it up? Results: README.md
 
     python byol.py                                                       # the control: bn everywhere, SGD
     python byol.py --enc-norm gn --mlp-norm none                         # no batch statistics: collapses
-    python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2     # and LARS: does not stay collapsed
+    python byol.py --enc-norm gn --mlp-norm none --opt lars --lr 0.2     # and LARS: does not
+    python byol.py --enc-norm gn --mlp-norm none --clip 0.1              # nor SGD with its gradient clipped
     python byol.py --data stl10 --download --width 64 --stem imagenet --size 96 --batch-size 256 \
         --epochs 320 --lr 0.8 --device cuda                              # the blog's full set-up
     torchrun --nproc-per-node 2 byol.py --batch-size 128                 # one run on two processes
 
 "The blog" is the post that it reproduces, Understanding self-supervised and contrastive learning with BYOL.
-It reads top to bottom in the order data flows: arguments, images, views, networks, losses, collapse metrics,
-linear evaluation, run folder, training. A run is one folder; the same command resumes a run that was cut off.
+It reads top to bottom in the order data flows: arguments, several processes, images, views, networks, losses,
+collapse metrics, linear evaluation, run folder, training. BYOL itself is `update`, the loop is `train`. A run
+is one folder; the same command resumes a run that was cut off.
 """
 
 import argparse
 import collections
+import contextlib
 import copy
 import ctypes
-import fcntl
+import datetime
 import functools
 import hashlib
 import io
@@ -24,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -39,14 +43,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image
-from torch.distributed.nn.functional import all_gather
+from PIL import Image, ImageOps
 from torchvision import datasets
 
-from lars import LARS, param_groups
+from lars import LARS, find, param_groups
 from resnet_norms import resnet18
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))    # set by torchrun
+try:
+    import fcntl
+except ImportError:         # Windows has none
+    fcntl = None
 
 
 def stop(status, message):
@@ -55,16 +61,11 @@ def stop(status, message):
     raise SystemExit(status)
 
 
-def gather(rows):
-    """The rows (N / processes, ...) of all processes, (N, ...), with their gradient."""
-    return torch.cat(all_gather(rows.contiguous())) if WORLD > 1 else rows
-
-
 # ------------------------------------------------------------------------ arguments
 RATE = {"sgd": 0.2, "lars": 0.2, "adamw": 1e-3}
 DECAY = {"sgd": 1e-4, "lars": 1.5e-6, "adamw": 1e-2}    # the blog's code, the BYOL paper, torch
-QUEUE = 4096                                # target projections that moco keeps
-PLACES = ("out", "data_dir", "download")    # flags that may differ when a run is resumed
+QUEUE = 4096                                            # target projections that moco keeps
+PLACES = ("out", "data_dir", "download")                # flags that do not change what a run is
 
 
 def within(kind, low, high=10**9):
@@ -100,19 +101,18 @@ def parse_arguments(argv):
     add("--width", 8, "channels of layer1; y has 8 times as many", type=within(int, 1, 512))
     add("--stem", "cifar", "7x7 stride 2 and max-pool, or 3x3", choices=["imagenet", "cifar"])
     group = parser.add_argument_group("loss")
-    add("--loss", "byol", "what pulls the views together", choices=["byol", "moco", "simclr"])
-    add("--ema", 0.996, "target's share that stays at each step, on a cosine to 1", type=within(float, 0, 1))
+    add("--loss", "byol", "what pulls the views together", choices=["byol", "moco"])
+    add("--ema", 0.996, "part of the target that a step keeps, on a cosine to 1", type=within(float, 0, 1))
     group = parser.add_argument_group("optimizer")
-    add("--opt", "sgd", "sgd and lars with momentum 0.9", choices=list(DECAY))
+    add("--opt", "sgd", "sgd and lars have momentum 0.9", choices=list(RATE))
     add("--lars-on", "weights", "all: biases and norms get LARS and decay too", choices=["weights", "all"])
     add("--lars-layers", None, "regular expression: only these layers get LARS, the rest SGD")
-    add("--lr", None, f"rate, not scaled by the batch, on a cosine to 0; unless given, {RATE}",
-        type=within(float, 1e-9))
+    add("--lr", None, f"rate, on a cosine to 0; unless given, {RATE}", type=within(float, 1e-9))
     add("--lr-mult", [], "multiply the rate of these layers; may be repeated", type=regex_factor,
         action="append", metavar="REGEX=FACTOR")
-    add("--clip", None, "scale the whole gradient down to this norm where it is longer", type=within(float, 1e-9))
-    add("--weight-decay", None, f"unless given, {DECAY}; adamw: on weights alone", type=within(float, 0))
-    add("--warmup", 0.0, "share of the run with linear warm-up", type=within(float, 0, 1))
+    add("--clip", None, "norm to which a longer gradient is scaled down", type=within(float, 1e-9))
+    add("--weight-decay", None, f"adamw: on weights alone; unless given, {DECAY}", type=within(float, 0))
+    add("--warmup", 0.0, "part of the run with linear warm-up", type=within(float, 0, 1))
     group = parser.add_argument_group("run")
     add("--steps", 1500, "length of the run; 0: random features", type=within(int, 0))
     add("--epochs", None, "the length in passes over the images, instead of --steps", type=within(int, 0))
@@ -120,7 +120,6 @@ def parse_arguments(argv):
     add("--seed", 0, "of weights, order and views", type=within(int, 0, 2**63 - 1))
     add("--device", "cpu", "where to compute", choices=["cpu", *["cuda"] * bool(gpus), *gpus])
     add("--threads", torch.get_num_threads(), "1 where runs share a machine", type=within(int, 1, 1024))
-    add("--sync-bn", False, "with torchrun on GPUs: BN statistics over all processes", action="store_true")
     add("--amp", False, "networks in bfloat16; loss and metrics stay in fp32", action="store_true")
     add("--compile", False, "torch.compile networks and views", action="store_true")
     add("--log-every", 25, "steps between lines of metrics; powers of two too", type=within(int, 1))
@@ -135,40 +134,90 @@ def parse_arguments(argv):
     for word in argv:
         if re.fullmatch("--[a-z-]+=--", word):          # of which argparse makes an empty list before 3.13
             stop(2, f"{word[:-3]}: -- is no value")
-    args = parser.parse_args(argv)                      # and again, with the defaults that follow from it
-    parser.set_defaults(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm)
-    parser.set_defaults(lr=RATE[args.opt], weight_decay=DECAY[args.opt])
     args = parser.parse_args(argv)
-    changed = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    defaults = {name: parser.get_default(name) for name in vars(args)}
+    defaults |= dict(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm)
+    defaults |= dict(lr=RATE[args.opt], weight_decay=DECAY[args.opt])
+    for name, value in vars(args).items():
+        if value is None:
+            setattr(args, name, defaults[name])
+    changed = {name: value for name, value in vars(args).items() if value != defaults[name]}
     for wrong, why in (
         ("steps" in changed and "epochs" in changed, "--steps and --epochs exclude each other"),
         ("lars_layers" in changed and args.opt != "lars", "--lars-layers needs --opt lars"),
         ("lars_on" in changed and args.opt != "lars", "--lars-on needs --opt lars"),
         ("pred_norm" in changed and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
         (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two overfill moco's {QUEUE}"),
-        (WORLD > 1 and "MASTER_ADDR" not in os.environ, "WORLD_SIZE is set, but not by torchrun"),
-        (args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= len(gpus),
-         f"--nproc-per-node: more processes than GPUs, {len(gpus)}"),
         (len(dict(args.lr_mult)) < len(args.lr_mult), "--lr-mult: a regular expression stands twice"),
-        (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
-        (WORLD > 1 and ":" in args.device, "--device: torchrun gives each process its GPU, so say cuda"),
-        (args.sync_bn and (WORLD == 1 or args.device == "cpu"), "--sync-bn needs torchrun and --device cuda"),
     ):
         if wrong:
             stop(2, why)
     if args.out is None:
         words = [f"{name}_{value}" for name, value in changed.items() if name not in PLACES]
         args.out = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
-    if WORLD > 1 and args.device == "cuda":
-        args.device += ":" + os.environ["LOCAL_RANK"]
     return args
+
+
+# ------------------------------------------------------------------------ several processes
+# torchrun starts one run on several processes: each takes its rows of every batch, gradients are averaged.
+RANK, WORLD = 0, 1          # which process this is, and of how many; join_processes sets them
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")       # what torchrun sets
+
+
+def join_processes(args):
+    """Find out which process this is, and meet the others. The first alone prints."""
+    global RANK, WORLD
+    RANK, WORLD = 0, 1
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    for name in LAUNCHER:
+        value = os.environ.get(name, "not")
+        if name != "MASTER_ADDR" and not value.isdecimal() or value == "not":
+            stop(2, f"WORLD_SIZE is set, but {name} is {value}: start it with torchrun, or unset WORLD_SIZE")
+    RANK, WORLD, gpu = (int(os.environ[name]) for name in LAUNCHER[:3])
+    has_bn = "bn" in (args.enc_norm, args.proj_norm, args.pred_norm)
+    for wrong, why in (
+        (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
+        (has_bn and args.batch_size == WORLD, "--batch-size: with BN each process needs two images"),
+        (":" in args.device, "--device: torchrun gives each process its GPU, so say cuda"),
+        (args.device == "cuda" and gpu >= torch.cuda.device_count(), "--nproc-per-node: more than GPUs"),
+    ):
+        if wrong:
+            stop(2, why)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    if args.device == "cuda":
+        args.device = f"cuda:{gpu}"
+        torch.cuda.set_device(gpu)      # before the group is made, or all would take the first GPU
+    elif has_bn:
+        print("BN on several CPU processes: each takes the statistics of its own images")
+    patience = datetime.timedelta(hours=3)              # while process 0 decodes or evaluates
+    dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=patience)
+
+
+@contextlib.contextmanager
+def process_0_first():
+    """What process 0 writes here is there when the others come."""
+    if RANK > 0:
+        dist.barrier()
+    yield
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
+
+
+def gather(rows):
+    """The rows of all processes: (N / processes, ...) -> (N, ...)."""
+    if WORLD == 1:
+        return rows
+    of_each = [torch.empty_like(rows) for _ in range(WORLD)]
+    dist.all_gather(of_each, rows.contiguous())
+    return torch.cat(of_each)
 
 
 # ------------------------------------------------------------------------ images
 # uint8 images (N, 3, side, side) and labels (N,). Pre-training sees all of `train` and no label; the labelled
 # ones come first. `digest` tells whether a resumed run has the images it began with.
 Images = collections.namedtuple("Images", "train train_labels test test_labels digest")
-DATASETS = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}
 FORMS = """
 ........ ..####.. ...##... ######## ####.... ####.... ####.... ##....## ..####.. .######.
 ..####.. .##..##. ...##... ######## ####.... .####... ####.... ###..### ..####.. .######.
@@ -204,74 +253,214 @@ def draw_shapes(per_class, seed, side=32):
     return (image.clamp(0, 1) * 255).byte(), labels
 
 
-def open_image(path):
-    """The image file as RGB; ValueError if it is none."""
+# Where images come from. train, test: a label for each, -1 for none. sides: in pixels, of a sample. stats:
+# what changes when a file does. reader(): a function that reads the nth image, those of train first.
+Source = collections.namedtuple("Source", "train test sides stats reader")
+DATASETS = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}
+EDITION = 2             # of the decoding: another number when the same files become other pixels
+DARK = 16               # an image without a brighter value is nearly black
+# Hidden, a NAS's thumbnails, what other systems leave behind.
+FOREIGN = re.compile(r"\.|@|#|__MACOSX$|\$RECYCLE|System Volume Information$|lost\+found$|Thumbs\.db$", re.I)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The image file. Whatever is wrong with it, for which Pillow raises nearly anything, is a ValueError."""
     try:
-        image = Image.open(path)
-        if image.mode.startswith("I"):          # 16-bit gray, which Pillow would clip to white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:
+        raise ValueError(f"cannot read image {path}: {error or repr(error)}") from None
+
+
+def is_deep(image):
+    """Has it more than 8 bits a channel? Pillow would make it white or black."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def find_white(paths):
+    """The value that is white in the deep ones: the largest of 8, 12 or 16 bits, or 1 for floats up to 1."""
+    whites, low, high = [255, 4095, 65535], 0, 0
+    for path in paths:
+        with opened(path) as image:
+            if not is_deep(image):
+                continue
+            values = np.asarray(image)
+            if not np.isfinite(values).all():
+                raise ValueError("it has values that are not finite")
+            if image.mode == "F":
+                whites = [1, 255, 4095, 65535]
+            low, high = min(low, values.min()), max(high, values.max())
+    fitting = [white for white in whites if low >= 0 and high <= white]
+    if not fitting:
+        stop(2, f"--data: images with values from {low:g} to {high:g}; save them with 8 bits a channel")
+    return fitting[0]
+
+
+def read_image(path, white):
+    """The image as RGB, upright, with `white` as white where it is deep."""
+    with opened(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if is_deep(image):
+            image = Image.fromarray(np.rint(np.asarray(image) * (255 / white)).astype(np.uint8))
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from None
+
+
+def find_images(root):
+    """The paths of the image files below `root`, in order, and how many files are none: by their endings, or
+    because they or their folders are FOREIGN. A link back to a folder that holds it is not followed."""
+    def fail(error):
+        raise error
+
+    found, others = [], 0
+    for place, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        images = [name for name in files if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+        images = [name for name in images if not FOREIGN.match(name)]
+        others += len(files) - len(images)
+        found += [(place, name) for name in images]
+        above = {os.path.realpath(path) for path in (place, *Path(place).parents)}
+        for folder in folders.copy():
+            path = os.path.join(place, folder)
+            if FOREIGN.match(folder):
+                others += sum(len(hidden) for *_, hidden in os.walk(path))
+                folders.remove(folder)
+            elif os.path.realpath(path) in above:
+                folders.remove(folder)
+    return [os.path.join(*pair) for pair in sorted(found)], others
 
 
 def open_folder(root):
-    """Data sets root/train/CLASS/*, then root/unlabeled/* if there is one; root/test/CLASS/*; all paths."""
-    train, test = (datasets.ImageFolder(f"{root}/{name}", loader=open_image) for name in ("train", "test"))
-    if len(train.classes) < 2 or train.classes != test.classes:
-        stop(2, f"--data folder:{root}: train and test need the same classes, two or more")
-    train.samples += datasets.folder.make_dataset(root, {"unlabeled": -1}, train.extensions, allow_empty=True)
-    left_out = sum(len(files) for *_, files in os.walk(root, followlinks=True)) - len(train + test)
+    """The Source of root/train/CLASS/*, root/unlabeled/* if there is one, and root/test/CLASS/*."""
+    if not os.path.isdir(root):
+        raise OSError(f"{root or 'that'} is no folder")
+    found, left_out = find_images(root)
+    train, test, unlabeled = {}, {}, []                 # {class: paths}
+    for path in found:
+        split, *inside = Path(path).relative_to(root).parts
+        if split in ("train", "test") and len(inside) > 1:
+            classes = train if split == "train" else test
+            classes.setdefault(inside[0], []).append(path)
+        elif split == "unlabeled":
+            unlabeled.append(path)
+        else:
+            left_out += 1
+    alone = {"train": train.keys() - test.keys(), "test": test.keys() - train.keys()}
+    if any(alone.values()):
+        differ = [f"in {split} alone {', '.join(sorted(names))}" for split, names in alone.items() if names]
+        raise OSError(f"the classes differ: {'; '.join(differ)}")
+    if len(train) < 2:
+        raise OSError(f"train and test have images of {len(train)} classes, not of two or more")
     if left_out:
-        print(f"{root}: {left_out} files left out: no images, by their endings, or in no class's folder")
-    return train, test, [path for path, _ in test.samples + train.samples]
+        print(f"{root}: {left_out} files left out: hidden, no images by name, or in no class's folder")
+    paths = sum((train[name] for name in sorted(train)), []) + unlabeled
+    labels = [i for i, name in enumerate(sorted(train)) for _ in train[name]] + [-1] * len(unlabeled)
+    test_labels = [i for i, name in enumerate(sorted(test)) for _ in test[name]]
+    paths += sum((test[name] for name in sorted(test)), [])
+    sides = set()
+    for path in paths[:: len(paths) // 100 + 1]:        # a hundred tell
+        with opened(path) as image:
+            sides |= set(image.size)
+    stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
+
+    def reader():
+        white = find_white(paths)
+        return lambda i: read_image(paths[i], white)
+
+    return Source(labels, test_labels, sides, stats, reader)
 
 
-def decode(dataset, side):
-    """A data set as the bytes of a .npy, uint8 (N, 3, side, side); other sizes are resized and cropped."""
+def open_torchvision(args):
+    """The Source of one of torchvision's data sets, downloaded if --download says so."""
+    splits, labels = ((True, False), "targets")
+    if args.data == "stl10":
+        splits, labels = (("train+unlabeled", "test"), "labels")
+    train, test = (DATASETS[args.data](args.data_dir, split, download=args.download) for split in splits)
+    both = train + test
+    sides = set(both[0][0].size)
+    return Source(getattr(train, labels), getattr(test, labels), sides, [], lambda: lambda i: both[i][0])
+
+
+def open_source(args):
+    """The Source of --data."""
+    try:
+        if args.data.startswith("folder:"):
+            return open_folder(args.data[7:])
+        if args.data in DATASETS:
+            return open_torchvision(args)
+    except (RuntimeError, OSError) as error:
+        hint = "try another --data-dir, or --download"
+        if args.data.startswith("folder:"):
+            hint = "it needs images in train/CLASS/ and test/CLASS/, the same classes in both"
+        stop(2, f"--data {args.data}: {error}; {hint}")
+    stop(2, f"--data {args.data}: not shapes, {', '.join(DATASETS)} or folder:DIR")
+
+
+def decode(source, side):
+    """A Source as the bytes of a .npy, uint8 (N, 3, side, side); other sizes are resized and cropped."""
+    read = source.reader()
+
     def pixels(i):
-        image = TF.center_crop(TF.resize(dataset[i][0], side), side)
+        image = TF.center_crop(TF.resize(read(i), side), side)
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes()
 
-    header, shape = io.BytesIO(), (len(dataset), 3, side, side)
-    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=shape))
+    n = len(source.train) + len(source.test)
+    print(f"decoding {n:,} images to {side} x {side}", flush=True)
+    header = io.BytesIO()
+    shape = dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side))
+    np.lib.format.write_array_header_1_0(header, shape)
     yield header.getvalue()
     with ThreadPoolExecutor() as pool:                  # Pillow decodes outside the GIL
-        for start in range(0, len(dataset), 1024):      # no more in memory at a time
-            yield from pool.map(pixels, range(start, min(start + 1024, len(dataset))))
+        for start in range(0, n, 1024):                 # no more in memory at a time
+            yield from pool.map(pixels, range(start, min(start + 1024, n)))
+
+
+def tell_blank(pixels):
+    """A line each if images are nearly black, or all alike: a run would look collapsed."""
+    dark, alike = 0, True
+    for chunk in pixels.split(1024):
+        dark += (chunk.amax((1, 2, 3)) < DARK).sum().item()
+        alike &= bool((chunk == pixels[0]).all())
+    if dark:
+        print(f"{dark:,} of {len(pixels):,} images are nearly black, no value is over {DARK - 1} of 255")
+    if alike:
+        print("all images are alike")
+
+
+def load_decoded(source, args):
+    """The Images of a Source, decoded once into --data-dir and mapped from there. Square ones of one size
+    stay as they are, up to twice --size; others are resized and cropped to --size."""
+    side = min(*source.sides, 2 * args.size) if len(source.sides) == 1 else args.size
+    digest = hashlib.sha256(repr((EDITION, args.data, side, source.stats)).encode()).hexdigest()[:16]
+    path = Path(args.data_dir, "decoded", f"{digest}.npy")
+    is_new = not path.exists()
+    if is_new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob("*.part"):
+            if time.time() - left.stat().st_mtime > 3600:       # no living process writes it
+                left.unlink(missing_ok=True)
+        write_whole(path, decode(source, side))
+    pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
+    if is_new:
+        tell_blank(pixels)
+    train, test = pixels.split([len(source.train), len(source.test)])
+    labels = torch.as_tensor(source.train)
+    return Images(train, labels[labels >= 0], test, torch.as_tensor(source.test), digest)
 
 
 def load_images(args):
-    """The Images of --data. All but `shapes` are decoded once, into --data-dir, and mapped from there: as
-    they are where they are square and of one size, else resized and cropped to --size."""
+    """The Images of --data, those to train on already on the GPU if they fit. Sets --steps from --epochs."""
     if args.data == "shapes":
-        return Images(*draw_shapes(1000, seed=0), *draw_shapes(200, seed=1), args.data)
-    open_split, paths = DATASETS.get(args.data), []
-    splits = ("train+unlabeled", "test") if args.data == "stl10" else (True, False)
-    try:
-        if args.data.startswith("folder:"):
-            train, test, paths = open_folder(args.data[7:] or "no folder named")
-        elif open_split:
-            train, test = (open_split(args.data_dir, split, download=args.download) for split in splits)
-        else:
-            stop(2, f"--data {args.data}: not shapes, {', '.join(DATASETS)} or folder:DIR")
-    except (RuntimeError, OSError) as error:
-        needs = "another --data-dir, or --download" if open_split else "train/CLASS/* and test/CLASS/* images"
-        stop(2, f"--data {args.data}: {error}; it needs {needs}")
-    dataset = train + test
-    sides = {side for i in range(0, len(dataset), len(dataset) // 100 + 1) for side in dataset[i][0].size}
-    side = sides.pop() if len(sides) == 1 else args.size                # a hundred images tell
-    stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
-    digest = hashlib.sha256(repr((args.data, side, stats)).encode()).hexdigest()[:16]
-    decoded = Path(args.data_dir, "decoded", f"{digest}.npy")
-    if not decoded.exists():
-        decoded.parent.mkdir(parents=True, exist_ok=True)
-        print(f"decoding {len(dataset):,} images to {side} x {side}", flush=True)
-        write_whole(decoded, decode(dataset, side))
-    pixels = torch.from_numpy(np.load(decoded, mmap_mode="c")).split([len(train), len(test)])
-    name = "labels" if args.data == "stl10" else "targets"
-    labels, test_labels = (torch.as_tensor(getattr(split, name)) for split in (train, test))
-    return Images(pixels[0], labels[labels >= 0], pixels[1], test_labels, digest)   # STL-10 has -1 for none
+        images = Images(*draw_shapes(1000, seed=0), *draw_shapes(200, seed=1), args.data)
+    else:
+        images = load_decoded(open_source(args), args)
+    train = images.train
+    if args.batch_size > len(train):
+        stop(2, f"--batch-size {args.batch_size}: the data has {len(train)} images")
+    if args.epochs is not None:
+        args.steps = args.epochs * (len(train) // args.batch_size)
+    if args.device != "cpu" and train.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
+        train = train.to(args.device)
+    return images._replace(train=train)
 
 
 # ------------------------------------------------------------------------ views
@@ -373,16 +562,16 @@ def image_order(n, seed, epoch):
 
 
 def load_views(images, step, args):
-    """Both views of this process's share of the batch of step 0, 1, ..., in turn: (2N, 3, size, size)."""
+    """Both views of this process's rows of the batch of step 0, 1, ..., in turn: (2N, 3, size, size)."""
     batch = args.batch_size
-    share = slice(RANK * batch // WORLD, (RANK + 1) * batch // WORLD)
+    rows = slice(RANK * batch // WORLD, (RANK + 1) * batch // WORLD)
     epoch, place = divmod(step, len(images) // batch)
-    chosen = image_order(len(images), args.seed, epoch)[place * batch :][share]
+    chosen = image_order(len(images), args.seed, epoch)[place * batch :][rows]
     x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
     rng = np.random.default_rng([args.seed, 1, step])
     params, order = draw_views(2 * batch, x.shape[-1], args.size, rng)
     table = torch.from_numpy(np.stack(list(params.values()), dtype=np.float32))
-    table = table.view(-1, 2, batch)[:, :, share].flatten(1).to(args.device, non_blocking=True)
+    table = table.view(-1, 2, batch)[:, :, rows].flatten(1).to(args.device, non_blocking=True)
     return make_views(x.repeat(2, 1, 1, 1), dict(zip(params, table)), order, args)
 
 
@@ -403,13 +592,14 @@ def mlp(features, norm):
 
 
 class Network(nn.Module):
-    """views v -> representations y -> projections z -> predictions q(z); contrastive losses have no
-    prediction. In training the batch holds both views, (2N, 3, size, size), so that they share each pass."""
+    """views v -> representations y -> projections z -> predictions q(z); moco has no prediction. In training
+    the batch holds both views, (2N, 3, size, size), so that they go through in one pass."""
 
     def __init__(self, args):
         super().__init__()
-        mlp_bn = per_view(nn.SyncBatchNorm if args.sync_bn else nn.BatchNorm1d)
-        enc_bn = per_view(nn.SyncBatchNorm if args.sync_bn else nn.BatchNorm2d)
+        shared = WORLD > 1 and args.device != "cpu"     # statistics of all processes: torch has it on GPUs
+        mlp_bn = per_view(nn.SyncBatchNorm if shared else nn.BatchNorm1d)
+        enc_bn = per_view(nn.SyncBatchNorm if shared else nn.BatchNorm2d)
         group_norm = functools.partial(nn.GroupNorm, 32)
         norms = {"bn": mlp_bn, "ln": nn.LayerNorm, "gn": group_norm, "none": nn.Identity}
         self.encoder = resnet18(enc_bn if args.enc_norm == "bn" else args.enc_norm, args.width, args.stem)
@@ -457,11 +647,12 @@ def moco_loss(q, z_target, queue, temperature=0.2):
     return -logits.log_softmax(1)[:, 0].mean()
 
 
-def simclr_loss(q1, q2, temperature=0.2):
-    """NT-Xent over the 2N views of the batch (SimCLR, arXiv 2002.05709, equation 1)."""
-    q = F.normalize(torch.cat([q1, q2]))
-    logits = (q @ q.T / temperature).fill_diagonal_(-math.inf)
-    return F.cross_entropy(logits, torch.arange(len(q), device=q.device).roll(len(q1)))
+@torch.no_grad()
+def enqueue(queue, t1, t2, step):
+    """Put both views' target projections of step 0, 1, ... in the place of the queue's oldest."""
+    keys = F.normalize(torch.cat([t1, t2]))
+    place = torch.arange(len(keys), device=keys.device) + step * len(keys)
+    queue.index_copy_(0, place % QUEUE, keys)
 
 
 # ------------------------------------------------------------------------ collapse metrics
@@ -470,35 +661,49 @@ def collapse_metrics(y1, z1, y2, z2):
     """How far apart a batch's images lie, from y and z of its two views, (N, d) each: {name: float}.
 
     rep_dist, the representation distance, is 1 - the mean cosine of z over all pairs of different images;
-    common is the share of z's variation that the two views of an image have in common; z_std and y_std, of
+    common is the part of z's variation that the two views of an image have in common; z_std and y_std, of
     unit vectors, are 1 for an even spread and 0 at collapse; y_rank is RankMe (arXiv 2210.02885). They come
-    from squared distances, which stay exact where 1 - cos is smaller than rounding.
+    from squared distances, which stay exact where 1 - cos is smaller than rounding. ValueError for fewer
+    than two images, or values that are not finite.
     """
+    if len(z1) < 2:
+        raise ValueError(f"the distance between images of a batch of {len(z1)} is not defined")
+    if not all(t.isfinite().all() for t in (y1, z1, y2, z2)):
+        raise ValueError("y or z is not finite: the run diverged")
     z_norm = torch.cat([z1, z2]).norm(dim=1).mean()
     y1, z1, y2, z2 = (F.normalize(t.float()) for t in (y1, z1, y2, z2))
-    strangers = z1.var(0).sum() + z2.var(0).sum()       # mean squared distance of two images' z
-    views = (z1 - z2).square().sum(1).mean()            # and of the two views of one image
-    share = torch.linalg.svdvals(y1)
+    images = z1.var(0).sum() + z2.var(0).sum()      # mean squared distance of two images' z
+    views = (z1 - z2).square().sum(1).mean()        # and of the two views of one image
+    spectrum = torch.linalg.svdvals(y1)
     metrics = {
         "pos_cos": 1 - views / 2,
-        "neg_cos": 1 - strangers / 2,
-        "rep_dist": strangers / 2,
-        "common": (strangers - views) / strangers.clamp_min(1e-30),
+        "neg_cos": 1 - images / 2,
+        "rep_dist": images / 2,
+        "common": (images - views) / images.clamp_min(1e-30),
         "z_norm": z_norm,
         "z_std": (z1.std(0) + z2.std(0)).mean() / 2 * z1.shape[1] ** 0.5,
         "y_std": (y1.std(0) + y2.std(0)).mean() / 2 * y1.shape[1] ** 0.5,
-        "y_rank": torch.special.entr(share / share.sum().clamp_min(1e-30)).sum().exp(),
+        "y_rank": torch.special.entr(spectrum / spectrum.sum().clamp_min(1e-30)).sum().exp(),
     }
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist()))
 
 
-def collapse_state(state, rep_dist):
-    """A run's state in words, from that before and the distance now: `collapsed` once it falls under 0.001,
-    `recovered` when it then rises over 0.01, `healthy` if it never fell."""
-    stays_down = state == "collapsed" and rep_dist <= 1e-2
-    if rep_dist < 1e-3 or stays_down:
+def collapse_state(state, rep_dist, first):
+    """A run's state from that before, "untrained" at first, and its representation distance now.
+
+    collapsed   the distance is under a hundredth of `first`, that of the untrained network
+    recovered   it was, and then rose over a tenth of it
+    healthy     it never was
+
+    Raises ValueError for a distance that is not finite: nothing can be said then.
+    """
+    if not math.isfinite(rep_dist) or not math.isfinite(first):
+        raise ValueError(f"rep_dist is {rep_dist}, first is {first}: not both finite, so nothing can be said")
+    if state == "collapsed":
+        return "recovered" if rep_dist > first / 10 else "collapsed"
+    if rep_dist <= first / 100:         # equal: both are 0
         return "collapsed"
-    return "recovered" if state in ("collapsed", "recovered") else "healthy"
+    return "recovered" if state == "recovered" else "healthy"
 
 
 def layer_metrics(online, optimizer, unclipped):
@@ -522,20 +727,20 @@ def layer_metrics(online, optimizer, unclipped):
 
 
 @torch.no_grad()
-def measure(args, online, optimizer, y, z, q, grad_norm):
-    """All metrics of a step, over the batch of all processes. `live`: of the hidden units of projection and
-    prediction, computed anew after the step, the share that some images switch on and others off. `grad_norm`:
-    the whole gradient's before it was clipped, None if it was not."""
+def measure(online, optimizer, y, z, q, grad_norm, args):
+    """All metrics of a step, over the batch of all processes, from what `update` returned. `live`: of the
+    hidden units of projection and prediction, computed anew after the step, the part that is on for some
+    images and off for others. `grad_norm`: of the whole gradient, before it was clipped."""
     (y1, y2), (z1, z2), (q1, q2) = ([gather(view) for view in t.chunk(2)] for t in (y, z, q))
     hidden = [online.projection[0](torch.cat([y1, y2])) > 0]
     if args.loss == "byol":
         hidden.append(online.prediction[0](torch.cat([z1, z2])) > 0)
-    metrics = collapse_metrics(y1, z1, y2, z2)
+    clipped = nn.utils.get_total_norm([p.grad for p in online.parameters()]).item()
+    unclipped = 1.0 if grad_norm is None else grad_norm.item() / max(clipped, 1e-30)
+    metrics = {"grad_norm": clipped if grad_norm is None else grad_norm.item()}
+    metrics |= collapse_metrics(y1, z1, y2, z2)
     metrics["q_norm"] = torch.cat([q1, q2]).norm(dim=1).mean().item()
     metrics["live"] = [(on.any(0) & ~on.all(0)).float().mean().item() for on in hidden]
-    clipped = nn.utils.get_total_norm([p.grad for p in online.parameters()]).item()
-    metrics["grad_norm"] = clipped if grad_norm is None else grad_norm.item()
-    unclipped = 1.0 if grad_norm is None else grad_norm.item() / max(clipped, 1e-30)
     metrics["layers"] = layer_metrics(online, optimizer, unclipped)
     return metrics
 
@@ -567,14 +772,31 @@ def fit_linear(x, labels):
 def linear_accuracy(train, train_labels, test, test_labels):
     """Test accuracy in percent of a linear classifier on features (N, d), centred and divided by one scale
     for all. Deviations under 1e-5 of the features' rms, which fp32 rounding leaves of a constant, count as 0:
-    scaled up, they could tell classes apart."""
-    train, test = train.double(), test.double()
+    scaled up, they could tell classes apart. Labels are whole numbers from 0 on, (N,) or (N, 1). Features and
+    labels may be on any device, have a graph, or be inference tensors. ValueError for what does not fit."""
+    train, test = (as_features(x) for x in (train, test))
+    labels, test_labels = as_labels(train_labels, train), as_labels(test_labels, test)
     mean, rounding = train.mean(0), 1e-5 * train.square().mean().sqrt().item()
     train, test = F.hardshrink(train - mean, rounding), F.hardshrink(test - mean, rounding)
     scale = train.square().mean().sqrt() or 1.0
-    weight, bias = fit_linear(train / scale, train_labels)
+    with torch.inference_mode(False), torch.enable_grad():
+        weight, bias = fit_linear((train / scale).clone(), labels.clone())
     guess = (test / scale @ weight + bias).argmax(1)
     return 100 * (guess == test_labels).double().mean().item()
+
+
+def as_features(x):
+    x = x.detach().cpu().double()
+    if x.ndim != 2 or not x.isfinite().all():
+        raise ValueError(f"features of the shape {tuple(x.shape)}: not (N, d), or not all finite")
+    return x
+
+
+def as_labels(labels, features):
+    labels = torch.as_tensor(labels).cpu()
+    if labels.is_floating_point() or labels.numel() != len(features) or labels.min() < 0:
+        raise ValueError(f"labels {tuple(labels.shape)} are not {len(features)} whole numbers from 0 on")
+    return labels.flatten().long()
 
 
 def evaluate(encoder, images, args):
@@ -589,7 +811,7 @@ def evaluate(encoder, images, args):
     encoder.train()
     y = torch.cat(y)
     if not y.isfinite().all():
-        stop(1, "the features are not finite: the run diverged; try a lower --lr")
+        stop(1, "the features are not finite: the run diverged; try a lower --lr, or --clip")
     train, test = y.split([len(labelled), len(images.test)])
     return linear_accuracy(train, images.train_labels, test, images.test_labels)
 
@@ -597,17 +819,17 @@ def evaluate(encoder, images, args):
 # ------------------------------------------------------------------------ run folder
 def write_whole(path, chunks):
     """Write chunks of bytes to a file, which appears as `path` whole or not at all."""
-    aside = f"{path}.{os.getpid()}"
+    part = f"{path}.{os.urandom(6).hex()}.part"         # of no other process on any machine
     try:
-        with open(aside, "wb") as file:
+        with open(part, "wb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(part, path)
     except OSError as error:
         stop(1, f"{path}: {error.strerror}")
     finally:
-        Path(aside).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
 
 
 def save(content, path):
@@ -616,77 +838,153 @@ def save(content, path):
     write_whole(path, [buffer.getbuffer()])
 
 
-def write_line(log, line):
-    """Append to the log, with six digits of each number."""
-    line = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.6g}"))
+def lock(file):
+    """Whether no other process has this open file locked; it is locked now, until it is closed."""
     try:
-        log.write(json.dumps(line).encode() + b"\n")
-        log.flush()
-    except OSError as error:
-        stop(1, f"{log.name}: {error.strerror}")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):   # of the file system; of the operating system
+        print("no file locks here: start no second process on the same --out")
+    return True
+
+
+def output_of(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def describe(args, digest):
     """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
     flags = {name: value for name, value in vars(args).items() if name not in PLACES}
-    here = shlex.quote(str(Path(__file__).resolve().parent))
+    cpu = re.search("model name\\s*: (.*)", output_of("cat", "/proc/cpuinfo"))
+    git = ("git", "-C", Path(__file__).resolve().parent)
     return {
         "flags": {**flags, "images": digest, "processes": WORLD},
         "command": shlex.join(["python", *sys.argv]),
         "versions": {module.__name__: module.__version__ for module in (torch, torchvision, np)},
         "gpu": None if args.device == "cpu" else torch.cuda.get_device_name(args.device),
-        "cpu": subprocess.getoutput("grep -m 1 '^model name' /proc/cpuinfo 2>/dev/null").partition(": ")[2],
-        "commit": subprocess.getoutput(f"git -C {here} describe --always --abbrev=40 --dirty 2>/dev/null"),
+        "tf32": args.device != "cpu",
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "commit": output_of(*git, "describe", "--always", "--abbrev=40", "--dirty"),
     }
 
 
-def open_run(out, config):
-    """Make a run's folder, or enter it if it holds this very run. Returns its log, locked while open."""
-    path = Path(out, "config.json")
-    try:
-        os.makedirs(out, exist_ok=True)
-        if not path.exists():
-            foreign = [name for name in os.listdir(out) if not name.startswith("config.json")]
-            if foreign:
-                stop(2, f"--out {out}: neither empty nor a run's folder, it holds {foreign[0]}")
-            write_whole(path, [json.dumps(config, indent=1).encode()])
-        log = open(Path(out, "metrics.jsonl"), "a+b")
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        before = dict(json.loads(path.read_text())["flags"])
-    except BlockingIOError:
-        stop(1, f"--out {out}: another process is at this run")
-    except OSError as error:
-        stop(2, f"--out {out}: {error.strerror}")
-    except (ValueError, LookupError, TypeError):
-        stop(1, f"{path} is damaged; remove the folder to start again")
-    for name, value in config["flags"].items():
-        if value != before.get(name):
-            stop(2, f"--out {out}: its run has {name} {before.get(name)}, not {value}; give another --out")
-    return log
+class RunFolder:
+    """All that a run reads and writes on disk, in the folder --out. Other processes than the first write
+    nothing.
 
+    config.json       the flags, and where it ran
+    metrics.jsonl     the log, locked while the run goes on
+    checkpoint.pt     where it resumes; gone when it is finished
+    encoder.pt        the online encoder at the end
+    """
 
-def load_checkpoint(out, log, parts):
-    """Fill `parts`, {name: network or optimizer}, cut `log` to the checkpoint, return the run's progress.
-    There is no generator to restore: what is random in a step depends on seed and step alone."""
-    path, progress = Path(out, "checkpoint.pt"), {"step": 0, "state": "untrained", "log_bytes": 0}
-    if path.exists():
+    def __init__(self, args, digest):
+        """Make the folder, or enter it if it holds this very run."""
+        self.out = Path(args.out)
+        self.steps = args.steps
+        if RANK > 0:
+            return
+        config = describe(args, digest)
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(content[name])
-            progress.update(content["progress"])
-        except Exception as error:      # torch raises nearly anything on a damaged or foreign file
-            stop(1, f"{path}: cannot resume ({repr(error)[:100]}); if damaged, remove it")
-    if log:
-        if log.seek(0, os.SEEK_END) < progress["log_bytes"]:
-            stop(1, f"{log.name} is shorter than at the last checkpoint; remove the folder to start over")
-        log.truncate(progress["log_bytes"])
-    return progress
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not self.path("config.json").exists():
+                for name in ("metrics.jsonl", "checkpoint.pt", "encoder.pt"):
+                    if self.path(name).exists():
+                        stop(2, f"--out {self.out}: it holds {name}, but no config.json")
+                write_whole(self.path("config.json"), [json.dumps(config, indent=1).encode()])
+            self.log = open(self.path("metrics.jsonl"), "a+b")
+        except OSError as error:
+            stop(2, f"--out {self.out}: {error.strerror}")
+        if not lock(self.log):
+            stop(1, f"--out {self.out}: another process is at this run")
+        for part in self.out.glob("*.part"):            # which a killed process was writing
+            part.unlink(missing_ok=True)
+        self.compare(config)
+
+    def path(self, name):
+        return self.out / name
+
+    def compare(self, config):
+        """Refuse another run than that of config.json; note what else has changed since it began."""
+        path = self.path("config.json")
+        try:
+            first = json.loads(path.read_text())
+            flags = dict(first["flags"])
+        except (ValueError, LookupError, TypeError):
+            stop(1, f"{path} is damaged; remove the folder to start again")
+        for name, value in config["flags"].items():
+            if value != flags.get(name) and name != "threads":
+                has = f"{name} {flags.get(name)}, not {value}"
+                stop(2, f"--out {self.out}: its run has {has}; give another --out")
+        now = {name: config[name] for name in ("versions", "gpu", "cpu")}
+        now["threads"] = config["flags"]["threads"]
+        before = {**first, **flags, **first.get("resumed", {})}
+        changed = {name: value for name, value in now.items() if value != before.get(name)}
+        if changed:
+            print(f"resumed with other {', '.join(changed)} than before: the bits may differ")
+            first["resumed"] = first.get("resumed", {}) | changed
+            write_whole(path, [json.dumps(first, indent=1).encode()])
+
+    def is_finished(self):
+        last = rb'{"step": %d, "accuracy.*}\n' % self.steps
+        return bool(re.search(last, self.path("metrics.jsonl").read_bytes()))
+
+    def load(self, parts):
+        """Fill `parts`, {name: network or optimizer}, from the checkpoint, if there is one, and cut the log
+        to it. Returns the run's progress. What is random in a step depends on seed and step alone."""
+        path, progress = self.path("checkpoint.pt"), {"step": 0, "state": "untrained", "log_bytes": 0}
+        if path.exists():
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                for name, part in parts.items():
+                    part.load_state_dict(content[name])
+                progress.update(content["progress"])
+            except Exception as error:      # torch raises nearly anything on a damaged or foreign file
+                stop(1, f"{path}: cannot resume ({repr(error)[:100]}); if damaged, remove it")
+        if RANK == 0:
+            if self.log.seek(0, os.SEEK_END) < progress["log_bytes"]:
+                stop(1, f"{self.log.name} is shorter than at the last checkpoint; remove the folder")
+            self.log.truncate(progress["log_bytes"])
+        return progress
+
+    def write(self, line):
+        """Append a line to the log, with six digits of each number."""
+        if RANK > 0:
+            return
+        line = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.6g}"))
+        try:
+            self.log.write(json.dumps(line).encode() + b"\n")
+            self.log.flush()
+        except OSError as error:
+            stop(1, f"{self.log.name}: {error.strerror}")
+
+    def save(self, parts, progress):
+        """Write a checkpoint."""
+        if RANK > 0:
+            return
+        os.fsync(self.log.fileno())
+        progress["log_bytes"] = self.log.tell()
+        states = {name: part.state_dict() for name, part in parts.items()}
+        save({**states, "progress": progress}, self.path("checkpoint.pt"))
+
+    def save_encoder(self, encoder):
+        if RANK == 0:
+            state = {name: t.cpu().contiguous() for name, t in encoder.state_dict().items()}
+            save(state, self.path("encoder.pt"))
+
+    def finish(self):
+        """Remove what only a run that was cut off needs."""
+        if RANK == 0:
+            self.path("checkpoint.pt").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------ training
 def rate(step, steps, lr, warmup):
-    """Learning rate of step 0, 1, ... of `steps`: linear warm-up over its share, then cosine to 0."""
+    """Learning rate of step 0, 1, ... of `steps`: linear warm-up over its part, then cosine to 0."""
     first = warmup * steps
     if step < first:
         return lr * (step + 1) / math.ceil(first)
@@ -698,29 +996,39 @@ def tau(step, steps, base):
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def check_memory(args):
-    """Refuse a step whose feature maps, those of one pass of both views, do not fit into memory."""
-    side = args.size // (4 if args.stem == "imagenet" else 1)
-    values = 19 * args.width * side**2              # of a view: ResNet-18's are some 19 maps of layer1's size
-    needed = 2 * args.batch_size / WORLD * values * (2 if args.amp else 4)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if args.device != "cpu":
-        there = torch.cuda.mem_get_info(args.device)[1]
-    if needed > there:
-        stop(2, f"--size, --batch-size, --width: a step takes {needed / 1e9:.0f} GB of {there / 1e9:.0f}")
-
-
-def set_up(args):
-    """Networks and optimizer of a run: (online, target, optimizer)."""
+def settle_torch(args):
+    """Deterministic and, on narrow networks, fast."""
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)      # what decay has killed computes in subnormal numbers, slowly
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):        # else glibc gives memory back and takes it anew, a tenth of a step
-        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)             # M_MMAP_MAX
+    if sys.platform == "linux":         # glibc gives memory back and takes it anew, a tenth of a step
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD
+            libc.mallopt(-4, 0)         # M_MMAP_MAX
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    if args.device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = True                # as torch's convolutions do
+
+
+def split_by_rate(groups, factors):
+    """The parameter groups split so that each has one `lr_mult`: the product of the factors, [[regular
+    expression, factor], ...], of those found in the names."""
+    names = [name for group in groups for name, _ in group["params"]]
+    found = [(find(regex, names), factor) for regex, factor in factors]
+    split = {}
+    for i, group in enumerate(groups):
+        for name, p in group["params"]:
+            lr_mult = math.prod(factor for matches, factor in found if name in matches)
+            part = split.setdefault((i, lr_mult), {**group, "params": [], "lr_mult": lr_mult})
+            part["params"].append((name, p))
+    return list(split.values())
+
+
+def build(args):
+    """Networks and optimizer of a run: (online, target, optimizer)."""
+    settle_torch(args)
     torch.manual_seed(args.seed)
     online = Network(args)
     target = make_target(online, args.loss)
@@ -729,9 +1037,10 @@ def set_up(args):
         if args.compile:
             network.compile()
     layers = (args.lars_layers or "") if args.opt == "lars" else None       # "" is found in every name
-    decay_on = "all" if args.opt == "sgd" else args.lars_on                 # the blog's SGD: on every parameter
+    decay_on = "all" if args.opt == "sgd" else args.lars_on                 # the blog's SGD: on all
     try:
-        groups = param_groups(online, args.weight_decay, layers, decay_on, dict(args.lr_mult))
+        groups = param_groups(online, args.weight_decay, layers, decay_on)
+        groups = split_by_rate(groups, args.lr_mult)
     except ValueError as error:
         stop(2, f"--lars-layers or --lr-mult: {error}")
     if args.opt == "lars":
@@ -741,67 +1050,132 @@ def set_up(args):
     return online, target, torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
 
 
-def train_step(args, images, online, target, optimizer, step):
-    """Step 0, 1, ... of the run. Returns loss, y, z, q of both views of this process's share of the batch, and
-    the gradient's norm before it was clipped, or None without --clip."""
-    views = load_views(images, step, args)
+def update(online, target, optimizer, views, step, args):
+    """Learn from the two views of a batch, (2N, 3, size, size), in step 0, 1, ... of the run. Returns the
+    loss, y, z and q of both views, and the gradient's norm before it was clipped, None without --clip."""
     with torch.autocast(views.device.type, torch.bfloat16, enabled=args.amp):
         y, z, q = (t.float() for t in online(views))
-        if args.loss != "simclr":
-            with torch.no_grad():
-                t1, t2 = target(views)[1].float().chunk(2)
+        with torch.no_grad():
+            t1, t2 = target(views)[1].float().chunk(2)
     q1, q2 = q.chunk(2)
     if args.loss == "byol":
         loss = byol_loss(q1, t2) + byol_loss(q2, t1)
-    elif args.loss == "moco":
-        loss = moco_loss(q1, t2, target.queue) + moco_loss(q2, t1, target.queue)
     else:
-        loss = simclr_loss(gather(q1), gather(q2))
+        loss = moco_loss(q1, t2, target.queue) + moco_loss(q2, t1, target.queue)
+
     optimizer.zero_grad()
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(online.parameters(), args.clip) if args.clip else None
     for group in optimizer.param_groups:
         group["lr"] = rate(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
     optimizer.step()
+
     update_target(target, online, tau(step, args.steps, args.ema))
     if args.loss == "moco":
-        keys = F.normalize(torch.cat([gather(t1), gather(t2)]))
-        place = torch.arange(len(keys), device=keys.device) + step * len(keys)
-        target.queue.index_copy_(0, place % QUEUE, keys)
-    return *(t.detach() for t in (loss, y, z, q)), grad_norm
+        enqueue(target.queue, gather(t1), gather(t2), step)
+    return loss.detach(), y.detach(), z.detach(), q.detach(), grad_norm
 
 
-def begin(argv):
-    """What the first step needs: flags, images, (online, target, optimizer), on process 0 the log."""
+def place_of(step, n, args):
+    """What the log says of step 0, 1, ... on n images before its metrics."""
+    return {
+        "step": step + 1,
+        "epoch": (step + 1) / (n // args.batch_size),
+        "lr": rate(step, args.steps, args.lr, args.warmup),
+        "ema": tau(step, args.steps, args.ema),
+    }
+
+
+def finite_loss(loss, step):
+    """The mean loss of all processes, a float."""
+    loss = gather(loss[None]).mean().item()
+    if not math.isfinite(loss):
+        stop(1, f"the loss is {loss} at step {step}: the run diverged; try a lower --lr, or --clip")
+    return loss
+
+
+HEADER = """left: minutes to go; the other columns: README.md, Has my run collapsed?
+   step  left     loss   distance common     |z|     |q|  |grad|   live units  state"""
+
+
+def show(line, state, args):
+    """Print what a person wants of a line of the log."""
+    left = (args.steps - line["step"]) * args.batch_size / line["images_per_s"] / 60
+    live = "".join(f"{part:6.2f}" for part in line["live"])
+    text = "{step:7} {left:4.0f}m {loss:8.3g} {rep_dist:10.3g} {common:6.2f} {z_norm:7.3g} {q_norm:7.3g}"
+    text += " {grad_norm:7.2g} {live}  {state}"
+    print(text.format(**{**line, "left": left, "live": live, "state": state}), flush=True)
+
+
+def score(encoder, images, step, progress, folder, args):
+    """Evaluate the encoder, on process 0 alone, log and print it."""
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        return
+    accuracy = evaluate(encoder, images, args)
+    random = progress.setdefault("random", accuracy)
+    folder.write({"step": step, "accuracy": accuracy, "state": progress["state"]})
+    scores = f"linear accuracy {accuracy:.2f} %, of random features {random:.2f} %"
+    print(f"step {step}: {progress['state']}, {scores}")
+
+
+def is_due(step, every):
+    return every > 0 and step % every == 0
+
+
+def train(argv):
+    """The run of the command line `argv`, from its last checkpoint if there is one."""
     args = parse_arguments(argv)
-    if WORLD > 1:
-        dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl")
-    check_memory(args)
-    networks = set_up(args)
-    if RANK > 0:
-        dist.barrier()                  # until process 0, at its own below, has decoded and made the folder
-    images = load_images(args)
-    n = len(images.train)
-    if args.batch_size > n:
-        stop(2, f"--batch-size {args.batch_size}: the data has {n} images")
-    if args.epochs is not None:
-        args.steps = args.epochs * (n // args.batch_size)
-    if args.device != "cpu" and images.train.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
-        images = images._replace(train=images.train.to(args.device))
-    log = open_run(args.out, describe(args, images.digest)) if RANK == 0 else None
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    return args, images, networks, log
+    join_processes(args)
+    online, target, optimizer = build(args)
+    with process_0_first():
+        images = load_images(args)
+        folder = RunFolder(args, images.digest)
+    if folder.is_finished():
+        print(f"{args.out} holds this run, finished; remove the folder to run it again")
+        return
+    parts = dict(online=online, target=target, optimizer=optimizer)
+    progress = folder.load(parts)
+    network = nn.parallel.DistributedDataParallel(online) if WORLD > 1 else online
+    print(HEADER)
+    clock, clock_step = time.perf_counter(), progress["step"]
+
+    for step in range(progress["step"], args.steps):
+        if step == 0 or is_due(step, args.eval_every):
+            score(online.encoder, images, step, progress, folder, args)
+            clock, clock_step = time.perf_counter(), step
+        views = load_views(images.train, step, args)
+        loss, *outputs = update(network, target, optimizer, views, step, args)
+        done = step + 1
+        logs = done == args.steps or is_due(done, args.log_every) or done & step == 0       # at powers of two
+        saves = is_due(done, args.checkpoint_every)
+        if logs or saves:               # nothing else in a step waits for the device
+            loss = finite_loss(loss, done)
+        if logs:
+            metrics = measure(online, optimizer, *outputs, args)
+            first = progress.setdefault("first", metrics["rep_dist"])
+            progress["state"] = collapse_state(progress["state"], metrics["rep_dist"], first)
+            line = {**place_of(step, len(images.train), args), "loss": loss, **metrics}
+            line["images_per_s"] = args.batch_size * (done - clock_step) / (time.perf_counter() - clock)
+            clock, clock_step = time.perf_counter(), done
+            folder.write(line)
+            show(line, progress["state"], args)
+        if saves:
+            progress["step"] = done
+            folder.save(parts, progress)
+
+    folder.save_encoder(online.encoder)     # before the line that says that the run is finished
+    score(online.encoder, images, args.steps, progress, folder, args)
+    folder.finish()
+    print(f"as a picture: python results/report.py {args.out}")
 
 
+# ------------------------------------------------------------------------ the command
 def main(argv):
-    """Run the command line `argv`. What goes wrong with the input, the disk, the memory or another
-    process ends the script with one line on stderr."""
+    """`train`; what goes wrong with the input, the disk, the memory or another process ends the script with
+    one line on stderr."""
     again = "the same command resumes from the last checkpoint"
     try:
-        run(argv)
+        train(argv)
     except KeyboardInterrupt:
         stop(130, f"interrupted; {again}")
     except BrokenPipeError:
@@ -817,71 +1191,6 @@ def main(argv):
         if WORLD == 1:
             raise
         stop(1, f"process {RANK} failed or lost the others ({repr(error)[:90]}); {again}")
-
-
-def run(argv):
-    """The whole run, from the last checkpoint if there is one."""
-    args, images, (online, target, optimizer), log = begin(argv)
-    if re.search(rb'{"step": %d, "accuracy.*}\n' % args.steps, Path(args.out, "metrics.jsonl").read_bytes()):
-        print(f"{args.out} holds this run, finished; remove the folder to run it again")
-        return
-    parts = dict(online=online, target=target, optimizer=optimizer)
-    progress = load_checkpoint(args.out, log, parts)
-    network = nn.parallel.DistributedDataParallel(online) if WORLD > 1 else online
-    print("left: minutes to go; the other columns: README.md, Has my run collapsed?")
-    print("   step  left     loss   distance common     |z|     |q|   live units  state")
-    clock, clock_step = time.perf_counter(), progress["step"]
-    for step in range(progress["step"], args.steps + 1):
-        judges = step in (0, args.steps) or args.eval_every > 0 and step % args.eval_every == 0
-        if judges and log:
-            accuracy = evaluate(online.encoder, images, args)
-            random = progress.setdefault("random", accuracy)
-            state = progress["state"]
-            if step == args.steps:      # before the line that says that the run is finished
-                encoder = {name: t.cpu().contiguous() for name, t in online.encoder.state_dict().items()}
-                save(encoder, f"{args.out}/encoder.pt")
-            write_line(log, {"step": step, "accuracy": accuracy, "state": state})
-            scores = f"linear accuracy {accuracy:.2f} %, of random features {random:.2f} %"
-            print(f"step {step}: {state}, {scores}")
-            clock, clock_step = time.perf_counter(), step
-        if step == args.steps:
-            break
-        loss, *outputs = train_step(args, images.train, network, target, optimizer, step)
-        done = step + 1
-        logs = done == args.steps or done % args.log_every == 0 or done & step == 0     # at powers of two
-        saves = done % args.checkpoint_every == 0
-        if logs or saves:               # nothing else in a step waits for the device
-            loss = gather(loss[None]).mean().item()
-            if not math.isfinite(loss):
-                stop(1, f"the loss is {loss} at step {done}: the run diverged; try a lower --lr")
-        if logs:                        # on every process, as it gathers
-            metrics = measure(args, online, optimizer, *outputs)
-            progress["state"] = collapse_state(progress["state"], metrics["rep_dist"])
-        if logs and log:
-            pace = (time.perf_counter() - clock) / (done - clock_step)
-            clock, clock_step = time.perf_counter(), done
-            write_line(log, {
-                "step": done,
-                "epoch": done / (len(images.train) // args.batch_size),
-                "loss": loss,
-                "lr": rate(step, args.steps, args.lr, args.warmup),
-                "ema": tau(step, args.steps, args.ema),
-                **metrics,
-                "images_per_s": args.batch_size / pace,
-            })
-            left = pace * (args.steps - done) / 60
-            live = "".join(f"{share:6.2f}" for share in metrics["live"])
-            shown = "{rep_dist:10.3g} {common:6.2f} {z_norm:7.3g} {q_norm:7.3g}".format(**metrics)
-            print(f"{done:7} {left:4.0f}m {loss:8.3g} {shown} {live}  {progress['state']}", flush=True)
-        if saves and log:
-            os.fsync(log.fileno())
-            progress.update(step=done, log_bytes=log.tell())
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save({**states, "progress": progress}, f"{args.out}/checkpoint.pt")
-    if log:
-        for path in [*Path(args.out).glob("*.pt.[0-9]*"), Path(args.out, "checkpoint.pt")]:
-            path.unlink(missing_ok=True)        # that with a number was being written when a run was killed
-    print(f"as a picture: python results/report.py {args.out}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ class LARS(torch.optim.Optimizer):
                 raise ValueError(f"{name} is {value}, not a finite number of at least 0")
         super().__init__(params, settings)
 
+    def load_state_dict(self, state_dict):
+        """As torch's; ValueError for the state of another optimizer, which lacks what LARS needs."""
+        if not all("lars" in group for group in state_dict["param_groups"]):
+            raise ValueError("this is the state of another optimizer: its groups have no `lars`")
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns the closure's loss, or None without a closure."""
@@ -51,6 +57,8 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, group, names, params):
         grads = [p.grad for p in params]
+        if any(grad.is_sparse for grad in grads):
+            raise ValueError("LARS takes no sparse gradients")
         decay = group["weight_decay"]
         steps = torch._foreach_add(grads, params, alpha=decay)
         if group["lars"]:
@@ -75,13 +83,12 @@ def local_rates(params, grads, eta, weight_decay):
     return torch.where(defined, ratios, 1.0).unbind()
 
 
-def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mult=None):
+def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights"):
     """Parameter groups of `model` for LARS, or for an optimizer of torch's.
 
     lars_layers: regular expression; where it is found in a name there is LARS, elsewhere SGD. None: nowhere.
-    lars_on: "weights" leaves biases and norm layers without LARS and decay (BYOL paper), "all" does not.
-    lr_mult: {regular expression: factor}; a group's "lr_mult" is the product of those found in its names,
-        and the caller sets group["lr"] = rate * group["lr_mult"] at each step.
+    lars_on: "weights" leaves without LARS and decay (BYOL paper) the parameters of norm layers, those of
+        fewer than two dimensions, and what is called a bias. "all" does not.
     Raises ValueError if no parameter requires a gradient, or for an expression malformed or found nowhere.
     """
     if lars_on not in ("weights", "all"):
@@ -92,17 +99,16 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights", lr_mu
     plain = set()
     if lars_on == "weights":
         of_norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}
-        plain = {name for name, p in named.items() if p in of_norms or name.endswith("bias")}
+        for name, p in named.items():
+            is_bias = "bias" in name.rpartition(".")[2]         # LSTM's bias_ih_l0, attention's in_proj_bias
+            if p.ndim < 2 or is_bias or p in of_norms:
+                plain.add(name)
     adapted = set() if lars_layers is None else find(lars_layers, named.keys() - plain)
-    factors = [(find(regex, named), factor) for regex, factor in (lr_mult or {}).items()]
     groups = {}
     for name, p in named.items():
         lars = name in adapted
         decay = 0.0 if name in plain else weight_decay
-        mult = math.prod(factor for found, factor in factors if name in found)
-        key = lars, decay, mult
-        group = dict(params=[], lars=lars, weight_decay=decay, lr_mult=mult)
-        group = groups.setdefault(key, group)
+        group = groups.setdefault((lars, decay), dict(params=[], lars=lars, weight_decay=decay))
         group["params"].append((name, p))
     return list(groups.values())
 

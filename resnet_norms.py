@@ -36,8 +36,7 @@ class WSConv2d(nn.Conv2d):
 
     def forward(self, x):
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        tiny = torch.finfo(variance.dtype).tiny
-        weight = (self.weight - mean) * variance.clamp_min(tiny).rsqrt()
+        weight = (self.weight - mean) * torch.where(variance > 0, variance, 1.0).rsqrt()
         return self._conv_forward(x, weight, self.bias)
 
 

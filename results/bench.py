@@ -45,9 +45,7 @@ def ready(flags):
     """A run's arguments, images and {name: a function of this part of a step, of all of it, of the floor}."""
     args = byol.parse_arguments([*flags, "--steps", "1000000", "--lr", "1e-9"])  # no end, and weights stay
     images = byol.load_images(args).train.to(args.device)
-    if args.batch_size > len(images):
-        byol.stop(2, f"--batch-size {args.batch_size}: the data has {len(images)} images")
-    online, target, optimizer = byol.set_up(args)
+    online, target, optimizer = byol.build(args)
     views = byol.load_views(images, 0, args)
     order = torch.randperm(len(images), device=images.device)[: args.batch_size]
     steps = iter(range(args.steps))
@@ -55,8 +53,13 @@ def ready(flags):
     online_forward = mixed(lambda: online(views)[2])
     target_forward = torch.no_grad()(mixed(lambda: target(views)))
     both_ways = lambda: online_forward().float().square().mean().backward()
+
+    def step():
+        i = next(steps)
+        return byol.update(online, target, optimizer, byol.load_views(images, i, args), i, args)
+
     return args, images, {
-        "step": lambda: byol.train_step(args, images, online, target, optimizer, next(steps)),
+        "step": step,
         "floor": lambda: (both_ways(), target_forward()),
         "images": lambda: images[order],
         "images and views": lambda: byol.load_views(images, next(steps), args),

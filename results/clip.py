@@ -18,7 +18,7 @@ import byol
 
 STEP = 600
 WHAT = sys.argv[1] if len(sys.argv) > 1 else ""
-train_step = byol.train_step
+update = byol.update
 
 
 @torch.no_grad()
@@ -30,11 +30,12 @@ def scale_grad_norm_(parameters, norm):
     return total
 
 
-def partly_clipped_step(args, images, online, target, optimizer, step):
-    """byol.py's step, without its clipping where there is to be none."""
-    clip, clips = args.clip, (step < STEP) == (WHAT == "early")
-    args.clip = clip if clips else None
-    outputs = train_step(args, images, online, target, optimizer, step)
+def partly_clipped_update(online, target, optimizer, views, step, args):
+    """byol.py's, without its clipping where there is to be none."""
+    clip = args.clip
+    if (step < STEP) != (WHAT == "early"):
+        args.clip = None
+    outputs = update(online, target, optimizer, views, step, args)
     args.clip = clip
     return outputs
 
@@ -45,5 +46,5 @@ if __name__ == "__main__":
     if WHAT == "scaled":
         byol.nn.utils.clip_grad_norm_ = scale_grad_norm_
     else:
-        byol.train_step = partly_clipped_step
+        byol.update = partly_clipped_update
     byol.main(sys.argv[2:])

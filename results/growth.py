@@ -50,9 +50,9 @@ def keep_images(args):
     return KEPT["images"]
 
 
-def measure_growth(args, online, *rest):
-    metrics = measure(args, online, *rest)
-    return {**metrics, "growth": growth(args, KEPT["images"].train, online)}
+def measure_growth(online, *rest):
+    metrics = measure(online, *rest)
+    return {**metrics, "growth": growth(rest[-1], KEPT["images"].train, online)}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import byol
 
 STEP, Z_NORM, Q_NORM = 64, 240, 2800        # where SGD at 0.2 is without a warm-up
-train_step = byol.train_step
+update = byol.update
 
 
 def settle(linear, inputs):
@@ -46,14 +46,14 @@ def harm(what, online, target, views):
         lengthen(target.projection[1], target(views)[1], Z_NORM)
 
 
-def harmed_step(args, images, online, target, optimizer, step):
+def harmed_update(online, target, optimizer, views, step, args):
     if step == STEP:
-        harm(sys.argv[1], online, target, byol.load_views(images, step, args))
-    return train_step(args, images, online, target, optimizer, step)
+        harm(sys.argv[1], online, target, views)
+    return update(online, target, optimizer, views, step, args)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["lengths"], ["units"], ["both"]):
         byol.stop(2, "harm.py: its first word is lengths, units or both")
-    byol.train_step = harmed_step
+    byol.update = harmed_update
     byol.main(sys.argv[2:])
