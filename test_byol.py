@@ -1132,25 +1132,25 @@ def write_run(folder, ending, run, lr=0.2):
     return out
 
 
-@pytest.mark.parametrize("claim", list(report.CLAIMS))
+@pytest.mark.parametrize("claim", [claim for claim, row in report.CLAIMS.items() if row.rule])
 def test_verdicts_can_fail_and_flip(claim, tmp_path):
     rows = [row.split(maxsplit=1) for row in EVIDENCE.strip().splitlines()]
     holds, *fails = next(runs for claims, runs in rows if claim in claims.split(",")).split(" | ")
 
     def cells(folder, *seeds, switch=""):
         for seed, runs in enumerate(seeds):
-            for name, values in zip(report.CLAIMS[claim][1:], runs.split(", "), strict=True):
+            for name, values in zip(report.CLAIMS[claim].names, runs.split(", "), strict=True):
                 write_run(tmp_path / folder, f"-paper-s{seed}", f"{name}{switch} {values}")
-        return report.verdict_cells(report.load(tmp_path / folder), claim)[:3]
+        return list(report.judge(report.load(tmp_path / folder), claim)[:3])
 
     assert fails and cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
     for i, runs in enumerate(fails):
         assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
     outcome = "holds in the paper's form" if claim == "D2" else "no; tried: nothing"
     assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
-    flips = "no; with half the rate in the paper's form: yes (1 of 1)"
+    flips = "no; with half the rate in the paper's form: yes (1 of 1), of 1 switches run"
     assert cells("fails0", holds, switch="@half-the-rate")[2] == flips
-    flips = "no; with twice the rate in the paper's form: yes (2 of 2)"         # tried in more seeds
+    flips = "no; with twice the rate in the paper's form: yes (2 of 2), of 2 switches run"  # in more seeds
     assert cells("fails0", holds, holds, switch="@twice-the-rate")[2] == flips
     for line in run_all("--list", claim).stdout.splitlines():
         write_run(tmp_path / "listed", "", f"{Path(shlex.split(line)[-1]).name} healthy 40")
@@ -1174,7 +1174,7 @@ def test_lars_alone_can_hold_and_be_refuted(learning, outcome, tmp_path):
         learns = seed < learning.get(f"{name}-{form}", 0)
         run = "healthy 22" if learns else ["healthy 21", "down 30"][seed % 2]
         write_run(tmp_path, f"-{form}-s{seed}", f"{name} {run}", lr)
-    assert report.lars_alone_cells(report.load(tmp_path))[2] == outcome
+    assert report.judge(report.load(tmp_path), "D11").outcome == outcome
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
@@ -1189,7 +1189,7 @@ def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
     report.main([str(tmp_path)])
     output = capsys.readouterr()
-    assert "collapsed (step 49 of 100)" in output.out and "not on its way: share 0.10" in output.out
+    assert "collapsed (step 49 of 100)" in output.out and "not on its way: common 0.10" in output.out
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert (tmp_path / "README.md").read_text() == "mine"
     assert len(output.err.splitlines()) == 2

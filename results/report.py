@@ -1,7 +1,7 @@
 """Runs as pictures and verdicts, from their logs alone.
 
     python results/report.py                the study: results/README.md, from results/runs and notes.md
-    python results/report.py runs           any folder of runs: a table, and runs/report.png
+    python results/report.py runs           any folder of runs: a table, their verdicts, and runs/report.png
     python results/report.py runs/ONE       one run
 """
 
@@ -10,68 +10,104 @@ import json
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 from statistics import median
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from byol import collapse_state
+
 HERE = Path(__file__).resolve().parent
 FORMS = ("code", "paper")
-STATES = {"never collapsed": "", "came back": "back", "collapsed": "down"}     # each with a map's word for it
+STATES = ("healthy", "recovered", "collapsed")              # of byol.collapse_state
 NAME = re.compile(r".+?(@.+)?-(code|paper)-s(\d+)")         # of a run: its switch if any, form and seed
 USEFUL = 2              # points of accuracy over the random features of the same encoder
-COMMON = 0.4            # share of what varies in z that both views have in common (0.3 until seeds 1 and 2)
+COMMON = 0.4            # part of what varies in z that both views have in common (0.3 until seeds 1 and 2)
 LONG = 100              # mean length of q, which is 0.7 at the start
 
 
 # ------------------------------------------------------------------------ runs
+def read_log(folder):
+    """The log's evaluations and its lines of metrics, {step: line} each."""
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    log = [json.loads(row) for row in rows if row.endswith("}")]        # the last may be half written
+    scores = {line["step"]: line for line in log if "accuracy" in line}
+    lines = {line["step"]: line for line in log if "rep_dist" in line}
+    return scores, lines
+
+
 class Run:
-    """One run's folder. It falls, or collapses, when the distance goes under a hundredth of the untrained
-    network's, which the first line has, and comes back over a tenth of it. A line's `share` is the median of
-    `common` there and in the two before; its `sign`, the early one, is a large share while q is not long.
-    It is `bare` if byol.py trained it without MLP norm and negatives, and nothing harmed it."""
+    """One run's folder: what it was told, its log, when it collapsed and recovered, what it scored."""
 
     def __init__(self, folder):
         config = json.loads((folder / "config.json").read_text())
-        rows = (folder / "metrics.jsonl").read_text().splitlines()
-        log = [json.loads(row) for row in rows if row.endswith("}")]        # the last may be half written
+        self.name = folder.name.rpartition("-s")[0]
         self.flags = config["flags"]
         self.command = config["command"]
         self.machine = config.get("gpu") or config.get("cpu")
-        self.name = folder.name.rpartition("-s")[0]
-        self.sample = "maps" if "/map-" in self.command else "0 to 2" if self.flags["seed"] < 3 else "others"
-        flags = dict(proj_norm="none", pred_norm="none", loss="byol")
-        self.bare = self.command.startswith("python byol.py") and flags.items() <= self.flags.items()
-        self.scores = {line["step"]: line for line in log if "accuracy" in line}
-        self.finished = self.flags["steps"] in self.scores
+        self.scores, self.lines = read_log(folder)
+        self.first, self.last = (list(self.lines.values())[i] for i in (0, -1))
+        self.lowest = min(self.lines.values(), key=lambda line: line["rep_dist"])
         self.random = self.scores[0]["accuracy"]
         self.accuracy = list(self.scores.values())[-1]["accuracy"]
-        self.gain = self.accuracy - self.random
-        self.learns = self.gain >= USEFUL
-        lines = [line for line in log if "rep_dist" in line]
-        self.lines = {line["step"]: line for line in lines}
-        self.first, self.last = lines[0], lines[-1]
-        self.lowest = min(lines, key=lambda line: line["rep_dist"])
-        self.turns = []                         # the steps of a fall, a return, a fall, ...
-        for i, line in enumerate(lines):
-            falls = line["rep_dist"] < 0.01 * self.first["rep_dist"]
-            returns = line["rep_dist"] > 0.1 * self.first["rep_dist"]
-            if returns if len(self.turns) % 2 else falls:
-                self.turns.append(line["step"])
-            line["rate"] = line["layers"]["layer1"]["lars_rate"]
-            line["share"] = median(other["common"] for other in lines[max(0, i - 2) : i + 1])
-            line["sign"] = line["share"] > COMMON and line["q_norm"] < LONG
-        self.falls, self.returns = self.turns[::2], self.turns[1::2]
-        self.down = len(self.falls) > len(self.returns)
-        self.state = "collapsed" if self.down else "came back" if self.falls else "never collapsed"
-        self.comes_back = self.state == "came back" and self.learns
-        self.stays_down = self.down and not self.returns
-        self.falls_at_once = bool(self.falls) and self.falls[0] <= 0.1 * self.flags["steps"]
-        # the last step at which the images lie no further apart than in the untrained network
-        apart = [line["step"] for line in lines if line["rep_dist"] <= self.first["rep_dist"]][-1]
-        self.apart = apart if apart < self.last["step"] else math.inf
+        self.finished = self.flags["steps"] in self.scores
+        self.follow_states()
+
+    def follow_states(self):
+        """The state at the end, and the steps at which the run collapsed and recovered. The logs' own words
+        are not read: older ones are by another definition."""
+        self.state, self.collapses, self.recoveries = "untrained", [], []
+        for step, line in self.lines.items():
+            before = self.state
+            self.state = collapse_state(before, line["rep_dist"], self.first["rep_dist"])
+            if self.state != before and self.state == "collapsed":
+                self.collapses.append(step)
+            if self.state != before and before == "collapsed":
+                self.recoveries.append(step)
+
+    @property
+    def gain(self):
+        return self.accuracy - self.random
+
+    @property
+    def learns(self):
+        return self.gain >= USEFUL
+
+    @property
+    def recovers(self):
+        """It ends recovered, and learns."""
+        return self.state == "recovered" and self.learns
+
+    @property
+    def stays_collapsed(self):
+        return self.state == "collapsed" and not self.recoveries
+
+    @property
+    def collapses_at_once(self):
+        return bool(self.collapses) and self.collapses[0] <= 0.1 * self.flags["steps"]
+
+    @property
+    def is_bare(self):
+        """byol.py trained it without MLP norm and negatives, and nothing harmed it."""
+        flags = dict(proj_norm="none", pred_norm="none", loss="byol")
+        return self.command.startswith("python byol.py") and flags.items() <= self.flags.items()
+
+    def common(self, step):
+        """The median of `common` in this line and the two before."""
+        steps = [other for other in self.lines if other <= step][-3:]
+        return median(self.lines[other]["common"] for other in steps)
+
+    def has_sign(self, step):
+        """The early sign: both views have much in common while q is not long."""
+        return self.common(step) > COMMON and self.lines[step]["q_norm"] < LONG
+
+    def apart(self):
+        """The last step at which the images lie no further apart than in the untrained network."""
+        steps = [step for step, line in self.lines.items() if line["rep_dist"] <= self.first["rep_dist"]]
+        return steps[-1] if steps[-1] < self.last["step"] else math.inf
 
 
 def load(folder, fault=sys.exit):
@@ -95,77 +131,79 @@ def seeds(runs, name):
 
 # ------------------------------------------------------------------------ rules
 # Each takes the runs of one form and one seed that CLAIMS names. Edition 1's took the words of byol.py, whose
-# thresholds are absolute, so that a verdict hung on which side of 0.001 a distance fell.
-def stay_down(*runs):
-    return all(run.stays_down for run in runs)
+# thresholds were absolute then, so that a verdict hung on which side of 0.001 a distance fell.
+def stay_collapsed(*runs):
+    return all(run.stays_collapsed for run in runs)
 
 
-def never_fall(*runs):
-    return not any(run.falls for run in runs)
+def never_collapse(*runs):
+    return not any(run.collapses for run in runs)
 
 
-def falls_at_once_for_good(run):
-    return run.falls_at_once and run.stays_down
+def collapses_at_once_for_good(run):
+    return run.collapses_at_once and run.stays_collapsed
 
 
-def learns_without_falling(run):
-    return run.learns and not run.falls
+def learns_without_collapse(run):
+    return run.learns and not run.collapses
 
 
-def beats_without_falling(run, other):
-    return run.accuracy > other.accuracy and not run.falls
+def beats_without_collapse(run, other):
+    return run.accuracy > other.accuracy and not run.collapses
 
 
-def comes_back_with_rising_loss(run):
-    """To a loss above the least while it was down. That at the lowest distance may be falling yet."""
-    if not run.comes_back:
+def recovers_with_rising_loss(run):
+    """To a loss above the least while it was collapsed. That at the lowest distance may be falling yet."""
+    if not run.recovers:
         return False
-    down = [line["loss"] for step, line in run.lines.items() if run.falls[0] <= step <= run.returns[0]]
-    return run.last["loss"] > min(down)
+    first, last = run.collapses[0], run.recoveries[0]
+    collapsed = [line["loss"] for step, line in run.lines.items() if first <= step <= last]
+    return run.last["loss"] > min(collapsed)
 
 
-def comes_back_below(run, control):
-    return run.falls_at_once and run.comes_back and run.accuracy < control.accuracy
+def recovers_below(run, control):
+    return run.collapses_at_once and run.recovers and run.accuracy < control.accuracy
 
 
-def comes_back_at_times(run):
-    return run.returns
+def recovers_at_times(run):
+    return run.recoveries
 
 
-def comes_back_repeatedly(run):
-    return run.comes_back and len(run.returns) > 1
+def recovers_repeatedly(run):
+    return run.recovers and len(run.recoveries) > 1
 
 
 def relapses(run):
-    return run.down and run.returns
+    return run.state == "collapsed" and run.recoveries
 
 
 def large_weights_come_down(run):
-    """The MLPs' largest weight over its tensor's rms: half as large again when down, less when back."""
-    if run.state != "came back":
+    """The MLPs' largest weight over its tensor's rms: half as large again in the collapse, less after it."""
+    if run.state != "recovered":
         return False
-    lines = (run.first, run.lowest, run.lines[run.returns[0]])
+    lines = (run.first, run.lowest, run.lines[run.recoveries[0]])
     mlps = ("projection", "prediction")
-    first, low, back = (max(line["layers"][mlp]["max_over_rms"] for mlp in mlps) for line in lines)
-    return low > 1.5 * first and back < low
+    first, low, after = (max(line["layers"][mlp]["max_over_rms"] for mlp in mlps) for line in lines)
+    return low > 1.5 * first and after < low
 
 
 def early_rate_explodes(run):
     """At the lowest distance layer1's gradient is under a tenth of its first, its rate over ten times it."""
     first, low = run.first["layers"]["layer1"], run.lowest["layers"]["layer1"]
     vanishes = low["grad_norm"] < first["grad_norm"] / 10
-    return run.falls and vanishes and low["lars_rate"] > 10 * first["lars_rate"]
+    return run.collapses and vanishes and low["lars_rate"] > 10 * first["lars_rate"]
 
 
 def separates_first(run, *others):
-    """Edition 1 took the step of the return, by which a run that never fell but stays where it was wins."""
-    return run.learns and run.apart < math.inf and run.apart <= min(other.apart for other in others)
+    """Edition 1 took the step of the recovery, by which a run that never collapsed but does not move wins."""
+    return run.learns and run.apart() < math.inf and run.apart() <= min(other.apart() for other in others)
 
 
-def peaks_early_or_dies(high, low):
-    """The rate of layer1 peaks earlier in the run that comes back than in the one that does not."""
-    peaks = [max(run.lines.values(), key=lambda line: line["rate"])["step"] for run in (high, low)]
-    return high.comes_back and low.stays_down and peaks[0] < peaks[1]
+def peaks_early_or_stays(high, low):
+    """The rate of layer1 peaks earlier in the run that recovers than in the one that does not."""
+    rate = lambda line: line["layers"]["layer1"]["lars_rate"]
+    peaks = [max(run.lines.values(), key=rate)["step"] for run in (high, low)]
+    return high.recovers and low.stays_collapsed and peaks[0] < peaks[1]
 
 
 def is_no_better_than_random(run):
@@ -177,76 +215,76 @@ def has_equal_projections(run):
 
 
 def gains_half_of_the_control(run, control):
-    return run.learns and not run.down and run.gain >= control.gain / 2
+    return run.learns and run.state != "collapsed" and run.gain >= control.gain / 2
 
 
-CLAIMS = {  # id: its rule and the configurations that this takes; the table shows the first one's accuracy
-    "C1": (comes_back_with_rising_loss, "bn-none-sgd-long"),
-    "C2": (beats_without_falling, "bn-none-lars", "bn-none-sgd"),
-    "C3": (beats_without_falling, "bn-bn-sgd", "bn-none-sgd"),        # of equal length
-    "C4": (falls_at_once_for_good, "gn-none-sgd"),
-    "C5": (learns_without_falling, "gn-bn-sgd"),
-    "C6": (comes_back_below, "gn-none-lars-0.2", "gn-bn-sgd"),
-    "C7": (falls_at_once_for_good, "gn-none-lars-0.1"),
-    "D1": (comes_back_with_rising_loss, "gn-none-sgd-wd1e-5"),
-    "D2": (comes_back_at_times, "gn-none-sgd-wd1e-4"),
-    "D3": (stay_down, "gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-3"),
-    "D4": (large_weights_come_down, "gn-none-sgd-wd1e-5"),
-    "D5": (comes_back_repeatedly, "gnws-none-sgd"),
-    "D6": (early_rate_explodes, "gn-none-lars-early"),
-    "D7": (separates_first, "gn-none-lars-early", "gn-none-lars-0.2", "gn-none-lars-mlps"),
-    "D8": (stay_down, "gn-none-sgd-early"),
-    "D9": (relapses, "gn-none-lars-mlps"),
-    "D10": (peaks_early_or_dies, "gn-none-lars-0.5", "gn-none-lars-0.1"),
-    "B1": (is_no_better_than_random, "bn-none-sgd-short"),
-    "B2": (is_no_better_than_random, "bn-ln-sgd-short"),
-    "B3": (learns_without_falling, "bn-none-moco"),
-    "B4": (never_fall, "bn-bn.none-sgd", "bn-none.bn-sgd"),
-    "B5": (has_equal_projections, "gn-none-sgd"),
-    "X1": (gains_half_of_the_control, "gnws-none-lars", "bn-bn-sgd"),
+GN, LONG_RUN = "GroupNorm, no MLP norm", "24,000 steps"
+Claim = namedtuple("Claim", "words rule names")     # the table shows the accuracy of the first of names
+CLAIMS = {
+    "C1": Claim(f"BN in the encoder only, SGD, {LONG_RUN}: collapses, recovers later with a rising loss",
+                recovers_with_rising_loss, ["bn-none-sgd-long"]),
+    "C2": Claim("BN in the encoder only, LARS 0.2: no collapse, and better than SGD",
+                beats_without_collapse, ["bn-none-lars", "bn-none-sgd"]),
+    "C3": Claim("BN everywhere, SGD: never collapses, and better than BN in the encoder only",
+                beats_without_collapse, ["bn-bn-sgd", "bn-none-sgd"]),          # of equal length
+    "C4": Claim(f"{GN}, SGD: collapses almost at once, for good",
+                collapses_at_once_for_good, ["gn-none-sgd"]),
+    "C5": Claim("GroupNorm, BN in the MLPs, SGD: these two layers alone prevent the collapse",
+                learns_without_collapse, ["gn-bn-sgd"]),
+    "C6": Claim(f"{GN}, LARS 0.2: collapses, recovers and learns, less than C5",
+                recovers_below, ["gn-none-lars-0.2", "gn-bn-sgd"]),
+    "C7": Claim("the same, LARS 0.1: collapses at once and stays there",
+                collapses_at_once_for_good, ["gn-none-lars-0.1"]),
+    "D1": Claim(f"{GN}, SGD 0.2, decay 1e-5, {LONG_RUN}: recovers late, with a rising loss",
+                recovers_with_rising_loss, ["gn-none-sgd-wd1e-5"]),
+    "D2": Claim("the same, decay 1e-4: recovers at times",
+                recovers_at_times, ["gn-none-sgd-wd1e-4"]),
+    "D3": Claim("the same, decays of 1e-6 and 1e-3: does not recover",
+                stay_collapsed, ["gn-none-sgd-wd1e-6", "gn-none-sgd-wd1e-3"]),
+    "D4": Claim("D1's mechanism: a few large weights while collapsed, which decay brings down",
+                large_weights_come_down, ["gn-none-sgd-wd1e-5"]),
+    "D5": Claim(f"GroupNorm with weight standardization, SGD, {LONG_RUN}: collapses and recovers repeatedly",
+                recovers_repeatedly, ["gnws-none-sgd"]),
+    "D6": Claim("LARS on layer1 and layer2 only: in a collapse their gradient vanishes, their rate explodes",
+                early_rate_explodes, ["gn-none-lars-early"]),
+    "D7": Claim("LARS on layer1 and layer2 only: separates the images most quickly",
+                separates_first, ["gn-none-lars-early", "gn-none-lars-0.2", "gn-none-lars-mlps"]),
+    "D8": Claim("SGD with ten times the rate on layer1 and layer2: does not recover",
+                stay_collapsed, ["gn-none-sgd-early"]),
+    "D9": Claim("LARS on the MLPs only: recovers for a while, then collapses again",
+                relapses, ["gn-none-lars-mlps"]),
+    "D10": Claim("LARS 0.5 recovers and learns, 0.1 does not; layer1's local rate peaks earlier with 0.5",
+                 peaks_early_or_stays, ["gn-none-lars-0.5", "gn-none-lars-0.1"]),
+    "D11": Claim("no MLP norm: what LARS does is particular to its layerwise rates", None, []),
+    "B1": Claim("no MLP norm, 2,000 steps: no better than random features",
+                is_no_better_than_random, ["bn-none-sgd-short"]),
+    "B2": Claim("LayerNorm in the MLPs does not help",
+                is_no_better_than_random, ["bn-ln-sgd-short"]),
+    "B3": Claim("MoCo, no MLP norm: learns without BN in the MLP",
+                learns_without_collapse, ["bn-none-moco"]),
+    "B4": Claim("BN in the projection only, or in the prediction only: either prevents the collapse",
+                never_collapse, ["bn-bn.none-sgd", "bn-none.bn-sgd"]),
+    "B5": Claim("a collapsed run: the projections of different images are almost identical",
+                has_equal_projections, ["gn-none-sgd"]),
+    "X1": Claim("GroupNorm with weight standardization, LARS: gains at least half of what BN does",
+                gains_half_of_the_control, ["gnws-none-lars", "bn-bn-sgd"]),
 }
-
-
 # D11 is judged over rates as well as seeds: the optimizers that are not layerwise, and their runs.
 NOT_LAYERWISE = {
     "clipped SGD": ("gn-none-sgd-0.2-clip-0.1", "gn-none-sgd-0.8-clip-0.1", "none-none-sgd-0.2-clip-0.1"),
     "AdamW": ("gn-none-adamw-1e-4", "gn-none-adamw-3e-4", "gn-none-adamw-1e-3", "gn-none-adamw-3e-3"),
 }
 
-
-def rates_that_learn(runs, names):
-    """{rate: "N of M"} of the configurations that learn, and do not end down, in most of three seeds or more."""
-    rates = {}
-    for name in names:
-        group = seeds(runs, name)
-        learning = sum(run.learns and not run.down for run in group)
-        if len(group) > 2 and learning > len(group) / 2:
-            rates[group[0].flags["lr"]] = f"{learning} of {len(group)}"
-    return rates
+# ------------------------------------------------------------------------ verdicts
+# code, paper: what was found in each form. outcome: whether the claim holds, or the switch that flips it, or
+# what was tried. accuracy of each form, random features. flip: the NAME that flips it.
+Verdict = namedtuple("Verdict", "code paper outcome accuracy random flip")
 
 
-def lars_alone_cells(runs):
-    """D11 as verdict_cells has the others: by form at how many rates each optimizer learns. One that does at
-    two rates or more refutes the claim."""
-    names = {what: [f"{name}-{form}" for form in FORMS for name in mains] for what, mains in NOT_LAYERWISE.items()}
-    ran = [run for found in names.values() for name in found for run in seeds(runs, name)]
-    cells = []
-    for form in FORMS:
-        counts = {what: len(rates_that_learn(runs, [name for name in found if name.endswith(form)]))
-                  for what, found in names.items()}
-        cells.append(", ".join(f"{what} at {n} rates" for what, n in counts.items()))
-    learning = {what: rates_that_learn(runs, found) for what, found in names.items()}
-    refuting = [f"{what} learns at " + ", ".join(f"{lr:g} ({count})" for lr, count in sorted(rates.items()))
-                for what, rates in learning.items() if len(rates) > 1]
-    outcome = f"no; {'; '.join(refuting)}" if refuting else "holds" if ran else "not run"
-    by_form = (fact([run for run in ran if run.name.endswith(form)], "accuracy") for form in FORMS)
-    return [*cells, outcome, " / ".join(by_form), fact(ran, "random"), None]
-
-
-def verdicts(runs, claim):
+def answers_of(runs, claim):
     """{NAME: [whether the claim holds] for each seed} of all that was run; NAME is that of the first run with
     the switch. A configuration that was not run with the switch is taken without it."""
-    rule, *names = CLAIMS[claim]
+    _, rule, names = CLAIMS[claim]
     answers = {}
     for switch, form, seed in sorted({match.groups("") for match in map(NAME.fullmatch, runs) if match}):
         end = f"-{form}-s{seed}"
@@ -261,52 +299,103 @@ def in_words(runs, claim, name):
     """What was changed in the runs of this name."""
     main, switch = name.rpartition("-")[0].split("@")
     words = re.sub(r"(?<!\de)(?<!warm)-", " ", switch)          # 1e-4 and warm-up keep their dash
-    return words if main == CLAIMS[claim][1] else f"{words} for {in_short(runs, name)} alone"
+    return words if main == CLAIMS[claim].names[0] else f"{words} for {in_short(runs, name)} alone"
 
 
-def verdict_cells(runs, claim):
-    """In how many seeds the claim holds in each form; whether it does, or the switch that flips it, or what
-    was tried; the accuracy of each form; that of random features; not shown, the NAME that flips it."""
-    answers = verdicts(runs, claim)
+def tried(runs, claim, counts):
+    """All switches that were run for a claim, by form, with their counts."""
+    tries = {name: f"{in_words(runs, claim, name)} ({n})" for name, n in counts.items() if "@" in name}
+    by_form = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
+    listed = [f"{words} in the {form}'s form" for form, words in by_form.items() if words]
+    return "; ".join(listed).replace(" (0 of 1)", "")
+
+
+def judge(runs, claim):
+    """The Verdict on a claim."""
+    if claim == "D11":
+        return judge_lars_alone(runs)
+    main = CLAIMS[claim].names[0]
+    written = [f"{main}-{form}" for form in FORMS]
+    answers = answers_of(runs, claim)
     counts = {name: f"{sum(answer)} of {len(answer)}" for name, answer in answers.items()}
     enough = 0 if claim == "D2" else 0.5                        # D2 says `at times`
     held = {name: len(answer) for name, answer in answers.items() if sum(answer) > enough * len(answer)}
-    written = [f"{CLAIMS[claim][1]}-{form}" for form in FORMS]
     forms = [f"the {form}'s" for form, name in zip(FORMS, written) if name in held]
     flip = None if forms else max(held, key=held.get, default=None)
-    if not answers.keys() & written:
+    n_tries = sum("@" in name for name in counts)
+    if not answers.keys() & set(written):
         outcome = "not run"
     elif forms:
         outcome = f"holds in {' and '.join(forms)} form"
     elif flip:
         form = flip.rpartition("-")[2]
         outcome = f"no; with {in_words(runs, claim, flip)} in the {form}'s form: yes ({counts[flip]})"
+        outcome += f", of {n_tries} switches run"
     else:
-        tries = {name: f"{in_words(runs, claim, name)} ({n})" for name, n in counts.items() if "@" in name}
-        lists = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
-        notes = [f"{listed} in the {form}'s form" for form, listed in lists.items() if listed]
-        outcome = f"no; tried: {'; '.join(notes) or 'nothing'}".replace(" (0 of 1)", "")
+        outcome = f"no; tried: {tried(runs, claim, counts) or 'nothing'}"
     groups = [seeds(runs, name) for name in written]
-    accuracies = " / ".join(fact(group, "accuracy") for group in groups)
-    cells = [counts.get(name, "not run") for name in written]
-    return [*cells, outcome, accuracies, fact(sum(groups, []), "random"), flip]
+    accuracy = " / ".join(fact(group, "accuracy") for group in groups)
+    code, paper = (counts.get(name, "not run") for name in written)
+    return Verdict(code, paper, outcome, accuracy, fact(sum(groups, []), "random"), flip)
+
+
+def rates_that_learn(runs, names):
+    """{rate: "N of M"} of the configurations that learn, and do not end collapsed, in most of three seeds or
+    more."""
+    rates = {}
+    for name in names:
+        group = seeds(runs, name)
+        learning = sum(run.learns and run.state != "collapsed" for run in group)
+        if len(group) > 2 and learning > len(group) / 2:
+            rates[group[0].flags["lr"]] = f"{learning} of {len(group)}"
+    return rates
+
+
+def judge_lars_alone(runs):
+    """The Verdict on D11: by form at how many rates each optimizer learns. One that does at two rates or more
+    refutes the claim."""
+    names = {(what, form): [f"{name}-{form}" for name in mains]
+             for form in FORMS for what, mains in NOT_LAYERWISE.items()}
+    groups = {form: [run for (_, other), found in names.items() for name in found if other == form
+                     for run in seeds(runs, name)] for form in FORMS}
+    code, paper = (", ".join(f"{what} at {len(rates_that_learn(runs, names[what, form]))} rates"
+                             for what in NOT_LAYERWISE) for form in FORMS)
+    refuting = []
+    for what in NOT_LAYERWISE:
+        rates = rates_that_learn(runs, [name for form in FORMS for name in names[what, form]])
+        if len(rates) > 1:
+            where = ", ".join(f"{rate:g} ({count})" for rate, count in sorted(rates.items()))
+            refuting.append(f"{what} learns at {where}")
+    ran = sum(groups.values(), [])
+    outcome = f"no; {'; '.join(refuting)}" if refuting else "holds" if ran else "not run"
+    accuracy = " / ".join(fact(group, "accuracy") for group in groups.values())
+    return Verdict(code, paper, outcome, accuracy, fact(ran, "random"), None)
 
 
 # ------------------------------------------------------------------------ pictures
-PANELS = {  # what a panel shows: its axis and scale, and the value in a line of the log
-    "distance": ("representation distance", "log", lambda line: line["rep_dist"]),
-    "loss": ("loss", "log", lambda line: line["loss"]),
-    "rate": ("local LARS rate of layer1", "log", lambda line: line["rate"]),
-    "length": ("mean length of q", "log", lambda line: line["q_norm"]),
-    "live": ("live share of the prediction's units", "linear", lambda line: line["live"][-1]),
-    "slope": ("slope of q over z", "linear", lambda line: line["growth"]["slope"]),
-    "strongest": ("variance along the\nstrongest direction", "log", lambda line: line["growth"]["strongest"]),
-    "accuracy": ("accuracy in %\n(step 0: random features)", "linear", lambda line: line["accuracy"]),
-    "share": ("share common to both views", "linear", lambda line: line["share"]),
+def grad_norm(line):
+    """Of the weights' gradients: the whole gradient's norm stands in newer logs alone."""
+    return math.hypot(*(layer["grad_norm"] for layer in line["layers"].values()))
+
+
+PANELS = {  # what a panel shows: its axis and scale, and a run's value at a step
+    "distance": ("representation distance", "log", lambda run, step: run.lines[step]["rep_dist"]),
+    "loss": ("loss", "log", lambda run, step: run.lines[step]["loss"]),
+    "rate": ("local LARS rate of layer1", "log",
+             lambda run, step: run.lines[step]["layers"]["layer1"]["lars_rate"]),
+    "length": ("mean length of q", "log", lambda run, step: run.lines[step]["q_norm"]),
+    "gradient": ("norm of the weights' gradient", "log", lambda run, step: grad_norm(run.lines[step])),
+    "live": ("live part of the prediction's units", "linear", lambda run, step: run.lines[step]["live"][-1]),
+    "slope": ("slope of q over z", "linear", lambda run, step: run.lines[step]["growth"]["slope"]),
+    "strongest": ("variance along the\nstrongest direction", "log",
+                  lambda run, step: run.lines[step]["growth"]["strongest"]),
+    "accuracy": ("accuracy in %\n(step 0: random features)", "linear",
+                 lambda run, step: run.scores[step]["accuracy"]),
+    "common": ("part common to both views", "linear", lambda run, step: run.common(step)),
     "largest": ("largest weight of the\nprediction over its rms", "linear",
-                lambda line: line["layers"]["prediction"]["max_over_rms"]),
+                lambda run, step: run.lines[step]["layers"]["prediction"]["max_over_rms"]),
 }
-LIMITS = {"share": COMMON, "length": LONG}
+LIMITS = {"common": COMMON, "length": LONG}
 # Okabe and Ito's, which the colour-blind can tell apart
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
 STYLES = list(itertools.product((".-", ".--", ".:"), COLOURS))
@@ -322,9 +411,9 @@ def draw(runs, panels, names):
         text, scale, value = PANELS[panel]
         for (style, colour), (label, name) in zip(itertools.cycle(STYLES), names.items()):
             for run in seeds(runs, name):
-                points = run.scores if panel == "accuracy" else run.lines
-                values = [value(line) for line in points.values()]
-                lines[label] = place.plot(list(points), values, style, color=colour, lw=1.3, ms=3)[0]
+                steps = list(run.scores if panel == "accuracy" else run.lines)
+                values = [value(run, step) for step in steps]
+                lines[label] = place.plot(steps, values, style, color=colour, lw=1.3, ms=3)[0]
         place.set(xlabel="step", ylabel=text, xscale="linear" if panel == "accuracy" else "log", yscale=scale)
         if panel in LIMITS:
             place.axhline(LIMITS[panel], color="0.8", zorder=0)
@@ -339,21 +428,22 @@ def in_short(runs, name):
     return f"{flags['enc_norm']}, {'/'.join(mlps)}, {flags['opt'].upper()} {flags['lr']:g}"
 
 
-def draw_claims(runs, *_):
+def draw_claims(runs):
     """The distance in each claim's runs, a panel each: the first configuration of CLAIMS in both forms, and
     what was run with the switch that flips the claim."""
     picture = Figure((10, 9))
     axes = picture.subplots(6, 4, sharex=True, sharey=True)
     lines = {}
-    for place, (claim, (_, main, *_)) in zip(axes.flat, CLAIMS.items()):
-        *_, flip = verdict_cells(runs, claim)
-        names = {"code's form": f"{main}-code", "paper's form": f"{main}-paper", "with what flips it": flip}
-        for (label, name), colour in zip(names.items(), COLOURS):
+    claims = {claim: row.names for claim, row in CLAIMS.items() if row.names}
+    for place, (claim, names) in zip(axes.flat, claims.items()):
+        chosen = {"code's form": f"{names[0]}-code", "paper's form": f"{names[0]}-paper"}
+        chosen["with what flips it"] = judge(runs, claim).flip
+        for (label, name), colour in zip(chosen.items(), COLOURS):
             for run in seeds(runs, name):
                 distances = [line["rep_dist"] for line in run.lines.values()]
                 lines[label] = place.loglog(list(run.lines), distances, color=colour, lw=1)[0]
                 place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
-        place.set(ylim=(1e-12, 2), title=f"{claim}: {in_short(runs, main + '-code')}")
+        place.set(ylim=(1e-12, 2), title=f"{claim}: {in_short(runs, names[0] + '-code')}")
     axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(lines.values(), lines.keys(), loc="center")
@@ -362,13 +452,13 @@ def draw_claims(runs, *_):
     return picture
 
 
-def draw_scores(runs, *_):
+def draw_scores(runs):
     """What each bare run's encoder scores over its own random features, against the run's last distance."""
     picture = Figure((8, 4))
     place = picture.subplots()
     norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN"}
     for (norm, label), colour in zip(norms.items(), COLOURS):
-        chosen = [run for run in runs.values() if run.bare and run.flags["enc_norm"] == norm]
+        chosen = [run for run in runs.values() if run.is_bare and run.flags["enc_norm"] == norm]
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
         place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
     place.axhline(0, color="0.8", zorder=0)
@@ -377,33 +467,121 @@ def draw_scores(runs, *_):
     return picture
 
 
-def draw_maps(runs, _, maps):
-    """The last distance by rate and a flag, as a colour, and how the runs end, in words, for each of `maps`,
-    {title: "BEGINNING-OF-NAMES FORM FLAG"}."""
-    names = {"weight_decay": "weight decay", "warmup": "warm-up, share of the run"}
-    picture = Figure((10, 6.4))
-    axes = picture.subplots(2, 2)
-    for place, (title, words) in zip(axes.flat, maps.items()):
-        beginning, form, flag = words.split()
-        chosen = [run for run in runs.values() if run.name.startswith(beginning) and run.name.endswith(form)]
-        cells = {(run.flags[flag], run.flags["lr"]): seeds(runs, run.name) for run in chosen}
-        if not cells:
-            sys.exit(f"report.py: {HERE / 'runs'} holds no finished run of {beginning}*-{form}")
-        rows, columns = (sorted(set(values)) for values in zip(*cells))
-        colours = [[math.nan] * len(columns) for _ in rows]
-        for (row, column), group in cells.items():
-            y, x = rows.index(row), columns.index(column)
-            colours[y][x] = math.log10(max(1e-16, median(run.last["rep_dist"] for run in group)))
-            ends = Counter(STATES[run.state] for run in group)
-            words = [end if n == len(group) else f"{n} {end}" for end, n in ends.items() if end]
-            ink = "k" if colours[y][x] > -3 else "w"
-            place.text(x, y, "\n".join(words), ha="center", va="center", color=ink, size=7)
-        image = place.imshow(colours, cmap="viridis", vmin=-8, vmax=0, aspect="auto")
-        place.set(title=title, xlabel="rate", ylabel=names[flag])
-        place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
-        place.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
+Map = namedtuple("Map", "title begin form flag axis")      # of the names of its runs; what it varies, in words
+DECAY = "weight decay"
+MAPS = [
+    Map("SGD, decay 1e-4", "map-warmup-", "code", "warmup", "warm-up, part of the run"),
+    Map("SGD, warm-up over a tenth", "map-sgd-", "paper", "weight_decay", DECAY),
+    Map("LARS on weights, warm-up over a tenth", "map-lars-", "paper", "weight_decay", DECAY),
+    Map("LARS on all parameters, no warm-up", "map-lars-", "code", "weight_decay", DECAY),
+]
+
+
+def draw_map(place, runs, kind):
+    """The last distance by rate and a flag, as a colour, and how the runs end, in words unless healthy."""
+    names = [name for name in runs if re.fullmatch(rf"{kind.begin}.*-{kind.form}-s\d+", name)]
+    chosen = [runs[name] for name in names]
+    if not chosen:
+        sys.exit(f"report.py: {HERE / 'runs'} holds no finished run of {kind.begin}*-{kind.form}")
+    cells = {(run.flags[kind.flag], run.flags["lr"]): seeds(runs, run.name) for run in chosen}
+    rows, columns = (sorted(set(values)) for values in zip(*cells))
+    colours = [[math.nan] * len(columns) for _ in rows]
+    for (row, column), group in cells.items():
+        y, x = rows.index(row), columns.index(column)
+        colours[y][x] = math.log10(max(1e-16, median(run.last["rep_dist"] for run in group)))
+        ends = Counter(run.state for run in group if run.state != "healthy")
+        words = [end if n == len(group) else f"{n} of {len(group)}\n{end}" for end, n in ends.items()]
+        ink = "k" if colours[y][x] > -3 else "w"
+        place.text(x, y, "\n".join(words), ha="center", va="center", color=ink, size=5.5)
+    place.set(title=kind.title, xlabel="rate", ylabel=kind.axis)
+    place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
+    labels = [f"{row:g}".replace("0.0001", "1e-4").replace("e-0", "e-") for row in rows]
+    place.set_yticks(range(len(rows)), labels)
+    return place.imshow(colours, cmap="viridis", vmin=-8, vmax=0, aspect="auto")
+
+
+def draw_maps(runs):
+    picture = Figure((10, 3.2 * math.ceil(len(MAPS) / 2)))
+    axes = picture.subplots(math.ceil(len(MAPS) / 2), 2)
+    for place, kind in zip(axes.flat, MAPS):
+        image = draw_map(place, runs, kind)
     picture.colorbar(image, ax=axes, extend="min", label="log10 of the last distance")
     return picture
+
+
+# A figure of the page: panels and {label: NAME}, or in place of both a function of its own that draws it.
+Picture = namedtuple("Picture", "title panels names")
+FIGURES = {
+    "summary": Picture("Control, collapse, and what keeps it up", ["distance"], {
+        "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
+        "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
+        "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
+        "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
+    }),
+    "claims": Picture(
+        "The distances behind the verdicts: each line a run of the first configuration that the claim names "
+        "(C6, green: of the second); collapsed: below the grey", draw_claims, {}),
+    "rates": Picture("LARS on all parameters at four rates: C6, C7, D10", ["distance", "rate"], {
+        "LARS 0.5": "gn-none-lars-0.5-code",
+        "LARS 0.2": "gn-none-lars-0.2-code",
+        "LARS 0.1": "gn-none-lars-0.1-code",
+        "LARS 0.05": "gn-none-lars-0.1@half-the-rate-code",
+    }),
+    "threshold": Picture(
+        "LARS 0.05 on some parameters and SGD on the others, 3,000 steps", ["distance", "live"], {
+            "all parameters": "lars-all-0.05-code",
+            "weights and MLP biases": "lars-biases-0.05-code",
+            "weights and norms": "lars-norms-0.05-code",
+            "weights": "lars-weights-0.05-code",
+        }),
+    "first-steps": Picture("The first steps, by optimizer (grey: a length of 100)", ["length", "live"], {
+        "SGD 0.8": "gn-none-sgd-code",
+        "SGD 0.8, warm-up": "gn-none-sgd-paper",
+        "LARS 0.2 on all": "gn-none-lars-0.2-code",
+        "LARS 0.1 on all": "gn-none-lars-0.1-code",
+        "LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
+    }),
+    "harm": Picture(
+        "SGD 0.2 with a warm-up, harmed once after step 64: those with the lengths coincide, and so do those "
+        "without", ["distance", "live"], {
+            "unharmed": "growth-sgd-paper",
+            "long projections and predictions": "harm-lengths-paper",
+            "no live unit in the prediction": "harm-units-paper",
+            "both": "harm-both-paper",
+        }),
+    "growth": Picture("The direction that grows, over 4,096 images", ["strongest", "slope"], {
+        "SGD 0.2, warm-up": "growth-sgd-paper",
+        "LARS 0.2 on all": "growth-lars-code",
+        "SGD 0.2": "growth-sgd-code",
+    }),
+    "share": Picture(
+        "Part of the variation that both views have in common, seed 0, and a false alarm of seed 1",
+        ["common", "distance"], {
+            "LARS 0.5 on all, recovers": "gn-none-lars-0.5-code-s0",
+            "LARS 0.2 on all, recovers": "gn-none-lars-0.2-code-s0",
+            "LARS 0.1 on all, stays collapsed": "gn-none-lars-0.1-code-s0",
+            "SGD 0.8, stays collapsed": "gn-none-sgd-code-s0",
+            "LARS 0.05 on all, stays collapsed for 6,000 steps": "gn-none-lars-0.1@half-the-rate-code-s1",
+        }),
+    "scores": Picture(
+        "What each encoder gains by training without an MLP norm, collapsed on the left, not on the right",
+        draw_scores, {}),
+    "maps": Picture(
+        "The last distance by rate and warm-up (one map), and by rate and decay (three)", draw_maps, {}),
+    "weights": Picture(
+        "D1 with a warm-up of 300 steps, with its weight decay and without", ["distance", "largest"], {
+            "decay 1e-5": "gn-none-sgd-wd1e-5@warm-up-of-300-code",
+            "no decay": "no-decay-code",
+        }),
+    "decay": Picture(
+        "GroupNorm with weight standardization under SGD: runs that learn and then collapse, and runs that do not",
+        ["distance", "length"], {
+            "SGD 0.4, warm-up of 2,400 steps": "gnws-none-sgd@twice-the-rate-paper",
+            "SGD 0.2, warm-up of 300": "gnws-none-sgd@warm-up-of-300-code",
+            "SGD 0.2, warm-up of 2,400": "gnws-none-sgd-paper",
+            "SGD 0.2, warm-up of 600": "gnws-none-sgd@warm-up-of-600-code",
+        }),
+}
 
 
 # ------------------------------------------------------------------------ any folder of runs
@@ -417,12 +595,19 @@ def look(folder):
     runs = load(folder, fault=lambda text: print(text, file=sys.stderr))
     rows = []
     for name, run in runs.items():
-        steps = ", ".join(f"{word} at {step}" for word, step in zip(["down", "back"] * 2, run.turns))
-        sign = "on its way back" if run.last["sign"] else "not on its way"
-        sign = f"{sign}: share {run.last['share']:.2f}" if run.down else ""
+        turns = sorted([*((step, "collapsed") for step in run.collapses),
+                        *((step, "recovered") for step in run.recoveries)])
+        steps = ", ".join(f"{word} at {step}" for step, word in turns)
+        sign = "on its way back" if run.has_sign(run.last["step"]) else "not on its way"
+        sign = f"{sign}: common {run.common(run.last['step']):.2f}" if run.state == "collapsed" else ""
         cut_off = "" if run.finished else f" (step {run.last['step']} of {run.flags['steps']})"
         rows.append([name, run.state + cut_off, steps, f"{run.random:.1f}", f"{run.accuracy:.1f}", sign])
     print(table(["run", "state", "steps", "random features %", "accuracy %", "early sign"], rows))
+    finished = {name: run for name, run in runs.items() if run.finished}
+    verdicts = [(claim, judge(finished, claim)) for claim in CLAIMS]
+    for claim, verdict in verdicts:
+        if verdict.outcome != "not run":
+            print(f"{claim}: {CLAIMS[claim].words}: {verdict.outcome}")
     lars = any(run.flags["opt"] == "lars" for run in runs.values())
     panels = ["distance", "loss", "accuracy"] + ["rate"] * lars
     draw(runs, panels, {name: name for name in runs}).savefig(folder / "report.png")
@@ -431,19 +616,20 @@ def look(folder):
 
 # ------------------------------------------------------------------------ the study's page
 FACTS = {  # what {{NAME FACT}} in notes.md stands for, beside `ends`: what a run has of it, and its format
-    "down": (lambda run: [run.down], "count"),
-    "fallen": (lambda run: [bool(run.falls)], "count"),
+    "collapsed": (lambda run: [run.state == "collapsed"], "count"),
+    "ever collapsed": (lambda run: [bool(run.collapses)], "count"),
     "accuracy": (lambda run: [run.accuracy], ".1f"),
     "random": (lambda run: [run.random], ".1f"),
     "distance": (lambda run: [run.last["rep_dist"]], ".2g"),
     "untrained": (lambda run: [run.first["rep_dist"]], ".2g"),
     "lowest": (lambda run: [run.lowest["rep_dist"]], ".2g"),
-    "fell": (lambda run: run.falls[:1], ",.0f"),
-    "back": (lambda run: [math.inf] if run.down else run.returns[-1:], ",.0f"),
-    "first back": (lambda run: run.returns[:1], ",.0f"),
-    "fell again": (lambda run: run.falls[1:2], ",.0f"),
-    "apart": (lambda run: [run.apart], ",.0f"),
+    "collapse": (lambda run: run.collapses[:1], ",.0f"),
+    "recovery": (lambda run: [math.inf] if run.state == "collapsed" else run.recoveries[-1:], ",.0f"),
+    "first recovery": (lambda run: run.recoveries[:1], ",.0f"),
+    "second collapse": (lambda run: run.collapses[1:2], ",.0f"),
+    "apart": (lambda run: [run.apart()], ",.0f"),
     "length": (lambda run: [run.lines[64]["q_norm"]], ",.0f"),
+    "gradient": (lambda run: [grad_norm(run.lines[1])], ".2g"),
 }
 
 
@@ -465,53 +651,71 @@ def fact(runs, key):
     return text.replace("inf", "never")
 
 
+def sample(run):
+    """Which runs it is among: rules were found on seeds 0 to 2."""
+    if "/map-" in run.command:
+        return "maps"
+    return "0 to 2" if run.flags["seed"] < 3 else "others"
+
+
 def announced(run):
-    """The early sign shows while the run is down."""
-    end = [*run.returns, math.inf][0]
-    return any(line["sign"] for step, line in run.lines.items() if run.falls[0] < step < end)
+    """The early sign shows while the run is collapsed."""
+    end = [*run.recoveries, math.inf][0]
+    return any(run.has_sign(step) for step in run.lines if run.collapses[0] < step < end)
 
 
 def count(name, runs, has):
     """A table: in how many of the runs there is the sign, chosen on seeds 0 to 2, and how these end."""
-    ended = Counter((run.sample, "yes" if has(run) else "no", run.state) for run in runs)
+    ended = Counter((sample(run), "yes" if has(run) else "no", run.state) for run in runs)
     states = [state for state in STATES if any(run.state == state for run in runs)]
     cells = itertools.product(("0 to 2", "others", "maps"), ("yes", "no"))
     rows = [[*cell, *(ended[(*cell, state)] for state in states)] for cell in cells]
     return table(["seeds", name, *states], rows)
 
 
-def figure(runs, name, title, panels, *lines):
-    """Draw it; returns its Markdown. A line is `label: NAME`."""
-    special = {"claims": draw_claims, "scores": draw_scores, "maps": draw_maps}
-    picture = special.get(name, draw)(runs, panels.split(), dict(line.split(": ") for line in lines))
+def figure(runs, name):
+    """Draw it; returns its Markdown."""
+    title, panels, names = FIGURES[name]
+    picture = panels(runs) if callable(panels) else draw(runs, panels, names)
     picture.savefig(HERE / f"figures/{name}.png", metadata={"Software": None})
     return f"![{title}](figures/{name}.png)\n\n*{title}.*"
 
 
-def page(text, runs):
-    """`text` with each {{...}} replaced by the fact, verdict, figure or table that it names."""
-    bare = list({str(run.flags): run for run in runs.values() if run.bare}.values())    # two maps share some
+def facts_of(runs):
+    """{what {{...}} in notes.md says: its text}, but for figures and the facts of one name."""
+    bare = list({str(run.flags): run for run in runs.values() if run.is_bare}.values())     # maps share some
     long = [run for run in bare if run.lines[64]["q_norm"] > LONG]
     groups = {run.name: seeds(runs, run.name) for run in runs.values()}
     every = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
-    facts = {
+    verdicts = {claim: judge(runs, claim) for claim in CLAIMS}
+    begins = re.compile("holds|no; with|no;|not run")
+    outcomes = Counter(begins.match(verdict.outcome)[0] for verdict in verdicts.values())
+    rows = [[claim, CLAIMS[claim].words, *verdict[:-1]] for claim, verdict in verdicts.items()]
+    header = ["id", "claim", "code's form", "paper's form", "as written"]
+    return {
         "runs": table(["runs", "ended (seeds), accuracy", "command of one seed"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
         "first steps": count("warning", bare, lambda run: run in long or run.lines[64]["live"][-1] == 0),
-        "long ones down": fact(long, "down"),
-        "early sign": count("sign", [run for run in bare if run.falls], announced),
+        "long ones collapsed": fact(long, "collapsed"),
+        "early sign": count("sign", [run for run in bare if run.collapses], announced),
+        "verdicts": table([*header, "accuracy %, code's / paper's", "random %"], rows),
+        "claims that hold": outcomes["holds"],
+        "claims that flip": outcomes["no; with"],
+        "claims that do not": outcomes["no;"],
     }
-    cells = {claim: verdict_cells(runs, claim) for claim in CLAIMS} | {"D11": lars_alone_cells(runs)}
-    facts |= {f"verdict {claim}": " | ".join(row[:-1]) for claim, row in cells.items()}
-    outcomes = Counter(re.match("holds|no; with|no;|not run", row[2])[0] for row in cells.values())
-    for name, begin in (("hold", "holds"), ("flip", "no; with"), ("do not", "no;")):
-        facts["claims that " + name] = str(outcomes[begin])
+
+
+def page(text, runs):
+    """`text` with each {{...}} replaced by the fact, figure or table that it names."""
+    facts = facts_of(runs)
 
     def replaced(match):
-        words = match[1].split()
-        return facts.get(" ".join(words)) or fact(seeds(runs, words[0]), " ".join(words[1:]))
+        first, *rest = words = match[1].split()
+        if first == "figure":
+            return figure(runs, rest[0])
+        known = facts.get(" ".join(words))
+        return fact(seeds(runs, first), " ".join(rest)) if known is None else str(known)
 
-    text = re.sub("{{figure ([^}]+)\n}}", lambda match: figure(runs, *match[1].split("\n")), text)
     return re.sub("{{([^}]+)}}", replaced, text)
 
 
@@ -521,7 +725,8 @@ def main(folders):
         look(Path(folder))
     if not folders:
         finished = {name: run for name, run in load(HERE / "runs").items() if run.finished}
-        lacking = [name for _, name, *_ in CLAIMS.values() if not seeds(finished, f"{name}-code")]
+        mains = [claim.names[0] for claim in CLAIMS.values() if claim.names]
+        lacking = [name for name in mains if not seeds(finished, f"{name}-code")]
         if lacking:
             sys.exit(f"report.py: {HERE / 'runs'} holds no finished run of {lacking[0]}-code")
         (HERE / "figures").mkdir(exist_ok=True)
