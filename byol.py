@@ -62,22 +62,24 @@ def stop(status, message):
 
 
 # ------------------------------------------------------------------------ arguments
-RATE = {"sgd": 0.2, "lars": 0.2, "adamw": 1e-3}
-DECAY = {"sgd": 1e-4, "lars": 1.5e-6, "adamw": 1e-2}    # the blog's code, the BYOL paper, torch
-QUEUE = 4096                                            # target projections that moco keeps
-PLACES = ("out", "data_dir", "download")                # flags that do not change what a run is
+DEFAULT_LR = {"sgd": 0.2, "lars": 0.2, "adamw": 1e-3}
+DEFAULT_DECAY = {"sgd": 1e-4, "lars": 1.5e-6, "adamw": 1e-2}    # the blog's code, the BYOL paper, torch
+QUEUE = 4096                                                    # target projections that moco keeps
+NOT_THE_RUN = ("out", "data_dir", "download")                   # flags that do not change what a run is
 
 
 def within(kind, low, high=10**9):
     """An argparse type: a `kind` in [low, high]."""
-    def number(text):
-        if low <= kind(text) <= high:
-            return kind(text)
+    def number(text):                   # a name that argparse shows: invalid number value
+        value = kind(text)
+        if low <= value <= high:
+            return value
         raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
     return number
 
 
 def regex_factor(text):
+    """[regular expression, factor], a list as config.json will have it."""
     regex, factor = text.rsplit("=", 1)
     return [regex, within(float, 0)(factor)]
 
@@ -102,17 +104,19 @@ def parse_arguments(argv):
     add("--stem", "cifar", "7x7 stride 2 and max-pool, or 3x3", choices=["imagenet", "cifar"])
     group = parser.add_argument_group("loss")
     add("--loss", "byol", "what pulls the views together", choices=["byol", "moco"])
-    add("--ema", 0.996, "part of the target that a step keeps, on a cosine to 1", type=within(float, 0, 1))
+    add("--ema", 0.996, "fraction of the target that a step keeps, on a cosine to 1",
+        type=within(float, 0, 1))
     group = parser.add_argument_group("optimizer")
-    add("--opt", "sgd", "sgd and lars have momentum 0.9", choices=list(RATE))
+    add("--opt", "sgd", "sgd and lars have momentum 0.9", choices=list(DEFAULT_LR))
     add("--lars-on", "weights", "all: biases and norms get LARS and decay too", choices=["weights", "all"])
     add("--lars-layers", None, "regular expression: only these layers get LARS, the rest SGD")
-    add("--lr", None, f"rate, on a cosine to 0; unless given, {RATE}", type=within(float, 1e-9))
+    add("--lr", None, f"rate, on a cosine to 0; unless given, {DEFAULT_LR}", type=within(float, 1e-9))
     add("--lr-mult", [], "multiply the rate of these layers; may be repeated", type=regex_factor,
         action="append", metavar="REGEX=FACTOR")
     add("--clip", None, "norm to which a longer gradient is scaled down", type=within(float, 1e-9))
-    add("--weight-decay", None, f"adamw: on weights alone; unless given, {DECAY}", type=within(float, 0))
-    add("--warmup", 0.0, "part of the run with linear warm-up", type=within(float, 0, 1))
+    add("--weight-decay", None, f"adamw: on weights alone; unless given, {DEFAULT_DECAY}",
+        type=within(float, 0))
+    add("--warmup", 0.0, "fraction of the run with linear warm-up", type=within(float, 0, 1))
     group = parser.add_argument_group("run")
     add("--steps", 1500, "length of the run; 0: random features", type=within(int, 0))
     add("--epochs", None, "the length in passes over the images, instead of --steps", type=within(int, 0))
@@ -137,7 +141,7 @@ def parse_arguments(argv):
     args = parser.parse_args(argv)
     defaults = {name: parser.get_default(name) for name in vars(args)}
     defaults |= dict(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm)
-    defaults |= dict(lr=RATE[args.opt], weight_decay=DECAY[args.opt])
+    defaults |= dict(lr=DEFAULT_LR[args.opt], weight_decay=DEFAULT_DECAY[args.opt])
     for name, value in vars(args).items():
         if value is None:
             setattr(args, name, defaults[name])
@@ -153,7 +157,8 @@ def parse_arguments(argv):
         if wrong:
             stop(2, why)
     if args.out is None:
-        words = [f"{name}_{value}" for name, value in changed.items() if name not in PLACES]
+        named = [name for name in changed if name not in (*NOT_THE_RUN, "threads")]
+        words = [f"{name}_{changed[name]}" for name in named]
         args.out = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
     return args
 
@@ -165,15 +170,16 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")   
 
 
 def join_processes(args):
-    """Find out which process this is, and meet the others. The first alone prints."""
+    """Find out which process this is, and meet the others. The first alone prints on standard output."""
     global RANK, WORLD
     RANK, WORLD = 0, 1
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return
     for name in LAUNCHER:
-        value = os.environ.get(name, "not")
-        if name != "MASTER_ADDR" and not value.isdecimal() or value == "not":
-            stop(2, f"WORLD_SIZE is set, but {name} is {value}: start it with torchrun, or unset WORLD_SIZE")
+        value = os.environ.get(name, "")
+        is_right = value if name == "MASTER_ADDR" else value.isdecimal()
+        if not is_right:
+            stop(2, f"WORLD_SIZE is set, but {name} is {value or 'not'}: use torchrun, or unset WORLD_SIZE")
     RANK, WORLD, gpu = (int(os.environ[name]) for name in LAUNCHER[:3])
     has_bn = "bn" in (args.enc_norm, args.proj_norm, args.pred_norm)
     for wrong, why in (
@@ -216,7 +222,7 @@ def gather(rows):
 
 # ------------------------------------------------------------------------ images
 # uint8 images (N, 3, side, side) and labels (N,). Pre-training sees all of `train` and no label; the labelled
-# ones come first. `digest` tells whether a resumed run has the images it began with.
+# ones are the first of `train`. `digest` tells whether a resumed run has the images it began with.
 Images = collections.namedtuple("Images", "train train_labels test test_labels digest")
 FORMS = """
 ........ ..####.. ...##... ######## ####.... ####.... ####.... ##....## ..####.. .######.
@@ -253,9 +259,10 @@ def draw_shapes(per_class, seed, side=32):
     return (image.clamp(0, 1) * 255).byte(), labels
 
 
-# Where images come from. train, test: a label for each, -1 for none. sides: in pixels, of a sample. stats:
-# what changes when a file does. reader(): a function that reads the nth image, those of train first.
-Source = collections.namedtuple("Source", "train test sides stats reader")
+# Where images come from. A label for each, -1 for none; their sides in pixels, of a sample; what changes when
+# a file does. reader(), called when there is something to decode: a function that reads the nth image as
+# RGB, those of train first.
+Source = collections.namedtuple("Source", "train_labels test_labels sides file_stats reader")
 DATASETS = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}
 EDITION = 2             # of the decoding: another number when the same files become other pixels
 DARK = 16               # an image without a brighter value is nearly black
@@ -312,21 +319,22 @@ def find_images(root):
     def fail(error):
         raise error
 
-    found, others = [], 0
-    for place, folders, files in os.walk(root, followlinks=True, onerror=fail):
+    found, left_out = [], 0
+    for folder, inner, files in os.walk(root, followlinks=True, onerror=fail):
         images = [name for name in files if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
         images = [name for name in images if not FOREIGN.match(name)]
-        others += len(files) - len(images)
-        found += [(place, name) for name in images]
-        above = {os.path.realpath(path) for path in (place, *Path(place).parents)}
-        for folder in folders.copy():
-            path = os.path.join(place, folder)
-            if FOREIGN.match(folder):
-                others += sum(len(hidden) for *_, hidden in os.walk(path))
-                folders.remove(folder)
+        left_out += len(files) - len(images)
+        found += [(folder, name) for name in images]
+        here = Path(os.path.abspath(folder))
+        above = {os.path.realpath(path) for path in (here, *here.parents)}
+        for name in inner.copy():
+            path = os.path.join(folder, name)
+            if FOREIGN.match(name):
+                left_out += sum(len(hidden) for *_, hidden in os.walk(path))
+                inner.remove(name)
             elif os.path.realpath(path) in above:
-                folders.remove(folder)
-    return [os.path.join(*pair) for pair in sorted(found)], others
+                inner.remove(name)
+    return [os.path.join(*pair) for pair in sorted(found)], left_out
 
 
 def open_folder(root):
@@ -352,21 +360,23 @@ def open_folder(root):
         raise OSError(f"train and test have images of {len(train)} classes, not of two or more")
     if left_out:
         print(f"{root}: {left_out} files left out: hidden, no images by name, or in no class's folder")
-    paths = sum((train[name] for name in sorted(train)), []) + unlabeled
-    labels = [i for i, name in enumerate(sorted(train)) for _ in train[name]] + [-1] * len(unlabeled)
-    test_labels = [i for i, name in enumerate(sorted(test)) for _ in test[name]]
-    paths += sum((test[name] for name in sorted(test)), [])
+    names = sorted(train)
+    files = [(path, label) for label, name in enumerate(names) for path in train[name]]
+    files += [(path, -1) for path in unlabeled]
+    paths, labels = zip(*files)
+    test_paths, test_labels = zip(*((path, label) for label, name in enumerate(names) for path in test[name]))
+    paths += test_paths
     sides = set()
     for path in paths[:: len(paths) // 100 + 1]:        # a hundred tell
         with opened(path) as image:
             sides |= set(image.size)
-    stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
+    file_stats = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
 
     def reader():
         white = find_white(paths)
         return lambda i: read_image(paths[i], white)
 
-    return Source(labels, test_labels, sides, stats, reader)
+    return Source(labels, test_labels, sides, file_stats, reader)
 
 
 def open_torchvision(args):
@@ -377,7 +387,11 @@ def open_torchvision(args):
     train, test = (DATASETS[args.data](args.data_dir, split, download=args.download) for split in splits)
     both = train + test
     sides = set(both[0][0].size)
-    return Source(getattr(train, labels), getattr(test, labels), sides, [], lambda: lambda i: both[i][0])
+
+    def reader():
+        return lambda i: both[i][0].convert("RGB")
+
+    return Source(getattr(train, labels), getattr(test, labels), sides, [], reader)
 
 
 def open_source(args):
@@ -396,14 +410,15 @@ def open_source(args):
 
 
 def decode(source, side):
-    """A Source as the bytes of a .npy, uint8 (N, 3, side, side); other sizes are resized and cropped."""
+    """Yield the bytes of a .npy, uint8 (N, 3, side, side): a Source's images, resized and cropped where they
+    have another size."""
     read = source.reader()
 
     def pixels(i):
         image = TF.center_crop(TF.resize(read(i), side), side)
-        return np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes()
+        return np.asarray(image).transpose(2, 0, 1).tobytes()
 
-    n = len(source.train) + len(source.test)
+    n = len(source.train_labels) + len(source.test_labels)
     print(f"decoding {n:,} images to {side} x {side}", flush=True)
     header = io.BytesIO()
     shape = dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side))
@@ -428,23 +443,23 @@ def tell_blank(pixels):
 
 def load_decoded(source, args):
     """The Images of a Source, decoded once into --data-dir and mapped from there. Square ones of one size
-    stay as they are, up to twice --size; others are resized and cropped to --size."""
+    stay as they are, or become twice --size, for crops to choose from; others are cropped to --size."""
     side = min(*source.sides, 2 * args.size) if len(source.sides) == 1 else args.size
-    digest = hashlib.sha256(repr((EDITION, args.data, side, source.stats)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((EDITION, args.data, side, source.file_stats)).encode()).hexdigest()[:16]
     path = Path(args.data_dir, "decoded", f"{digest}.npy")
     is_new = not path.exists()
     if is_new:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob("*.part"):
-            if time.time() - left.stat().st_mtime > 3600:       # no living process writes it
-                left.unlink(missing_ok=True)
+        for half in path.parent.glob("*.part"):
+            if time.time() - half.stat().st_mtime > 3600:       # no living process writes it
+                half.unlink(missing_ok=True)
         write_whole(path, decode(source, side))
     pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
     if is_new:
         tell_blank(pixels)
-    train, test = pixels.split([len(source.train), len(source.test)])
-    labels = torch.as_tensor(source.train)
-    return Images(train, labels[labels >= 0], test, torch.as_tensor(source.test), digest)
+    train, test = pixels.split([len(source.train_labels), len(source.test_labels)])
+    labels = torch.as_tensor(source.train_labels)
+    return Images(train, labels[labels >= 0], test, torch.as_tensor(source.test_labels), digest)
 
 
 def load_images(args):
@@ -452,7 +467,10 @@ def load_images(args):
     if args.data == "shapes":
         images = Images(*draw_shapes(1000, seed=0), *draw_shapes(200, seed=1), args.data)
     else:
-        images = load_decoded(open_source(args), args)
+        try:
+            images = load_decoded(open_source(args), args)
+        except ValueError as error:
+            stop(2, f"--data {args.data}: {error}")
     train = images.train
     if args.batch_size > len(train):
         stop(2, f"--batch-size {args.batch_size}: the data has {len(train)} images")
@@ -478,14 +496,15 @@ def draw_views(n, side, size, rng):
     ratio = np.exp(rng.uniform(*np.log(RATIO), (n, 10)))
     tries = np.sqrt([area / ratio, area * ratio]).round()           # heights and widths, (2, n, 10)
     fits = (tries <= side).all(0)
-    first = tries[:, np.arange(n), fits.argmax(1)]                  # of ten tries the first that fits
-    height, width = np.where(fits.any(1), first, side)
+    fitting = tries[:, np.arange(n), fits.argmax(1)]                # of ten tries the first that fits,
+    height, width = np.where(fits.any(1), fitting, side)            # the whole image if none does
     params = dict(height=height, width=width, flip=rng.random(n) < P_FLIP)
     params["top"] = np.floor(rng.random(n) * (side - height + 1))
     params["left"] = np.floor(rng.random(n) * (side - width + 1))
     jittered = rng.random(n) < P_JITTER
     for name, limits in JITTER.items():
-        params[name] = np.where(jittered, rng.uniform(*limits, n), name != "hue")
+        neutral = 0 if name == "hue" else 1
+        params[name] = np.where(jittered, rng.uniform(*limits, n), neutral)
     params["gray"] = rng.random(n) < P_GRAY
     params["sigma"] = np.where(rng.random(n) < P_BLUR, size * rng.uniform(*SIGMA, n), 0)
     return params, [list(JITTER)[i] for i in rng.permutation(len(JITTER))]
@@ -562,11 +581,11 @@ def image_order(n, seed, epoch):
 
 
 def load_views(images, step, args):
-    """Both views of this process's rows of the batch of step 0, 1, ..., in turn: (2N, 3, size, size)."""
+    """This process's rows of the batch of step 0, 1, ...: first views, then second, (2N, 3, size, size)."""
     batch = args.batch_size
     rows = slice(RANK * batch // WORLD, (RANK + 1) * batch // WORLD)
-    epoch, place = divmod(step, len(images) // batch)
-    chosen = image_order(len(images), args.seed, epoch)[place * batch :][rows]
+    epoch, i = divmod(step, len(images) // batch)
+    chosen = image_order(len(images), args.seed, epoch)[i * batch :][rows]
     x = images[chosen.to(images.device, non_blocking=True)].to(args.device, non_blocking=True)
     rng = np.random.default_rng([args.seed, 1, step])
     params, order = draw_views(2 * batch, x.shape[-1], args.size, rng)
@@ -605,9 +624,9 @@ class Network(nn.Module):
         self.encoder = resnet18(enc_bn if args.enc_norm == "bn" else args.enc_norm, args.width, args.stem)
         self.projection = mlp(8 * args.width, norms[args.proj_norm])
         self.prediction = mlp(128, norms[args.pred_norm]) if args.loss == "byol" else nn.Identity()
-        for norm in self.modules():
-            if args.amp and isinstance(norm, nn.GroupNorm):     # six times as slow in bfloat16 on a CPU
-                norm.register_forward_pre_hook(lambda norm, inputs: inputs[0].float())
+        for module in self.modules():
+            if args.amp and isinstance(module, nn.GroupNorm):       # six times as slow in bfloat16 on a CPU
+                module.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
 
     def forward(self, views):
         y = self.encoder(views)
@@ -651,8 +670,8 @@ def moco_loss(q, z_target, queue, temperature=0.2):
 def enqueue(queue, t1, t2, step):
     """Put both views' target projections of step 0, 1, ... in the place of the queue's oldest."""
     keys = F.normalize(torch.cat([t1, t2]))
-    place = torch.arange(len(keys), device=keys.device) + step * len(keys)
-    queue.index_copy_(0, place % QUEUE, keys)
+    slots = torch.arange(len(keys), device=keys.device) + step * len(keys)
+    queue.index_copy_(0, slots % QUEUE, keys)
 
 
 # ------------------------------------------------------------------------ collapse metrics
@@ -660,8 +679,9 @@ def enqueue(queue, t1, t2, step):
 def collapse_metrics(y1, z1, y2, z2):
     """How far apart a batch's images lie, from y and z of its two views, (N, d) each: {name: float}.
 
-    rep_dist, the representation distance, is 1 - the mean cosine of z over all pairs of different images;
-    common is the part of z's variation that the two views of an image have in common; z_std and y_std, of
+    rep_dist, the representation distance, is 1 - neg_cos, the mean cosine of z over all pairs of different
+    images; pos_cos is that of the two views of one; z_norm is z's mean length;
+    common is the fraction of z's variation that the two views of an image have in common; z_std and y_std, of
     unit vectors, are 1 for an even spread and 0 at collapse; y_rank is RankMe (arXiv 2210.02885). They come
     from squared distances, which stay exact where 1 - cos is smaller than rounding. ValueError for fewer
     than two images, or values that are not finite.
@@ -672,14 +692,14 @@ def collapse_metrics(y1, z1, y2, z2):
         raise ValueError("y or z is not finite: the run diverged")
     z_norm = torch.cat([z1, z2]).norm(dim=1).mean()
     y1, z1, y2, z2 = (F.normalize(t.float()) for t in (y1, z1, y2, z2))
-    images = z1.var(0).sum() + z2.var(0).sum()      # mean squared distance of two images' z
-    views = (z1 - z2).square().sum(1).mean()        # and of the two views of one image
+    between = z1.var(0).sum() + z2.var(0).sum()     # mean squared distance of two images: twice the variance
+    within_pair = (z1 - z2).square().sum(1).mean()  # and of the two views of one image
     spectrum = torch.linalg.svdvals(y1)
     metrics = {
-        "pos_cos": 1 - views / 2,
-        "neg_cos": 1 - images / 2,
-        "rep_dist": images / 2,
-        "common": (images - views) / images.clamp_min(1e-30),
+        "pos_cos": 1 - within_pair / 2,
+        "neg_cos": 1 - between / 2,
+        "rep_dist": between / 2,
+        "common": (between - within_pair) / between.clamp_min(1e-30),
         "z_norm": z_norm,
         "z_std": (z1.std(0) + z2.std(0)).mean() / 2 * z1.shape[1] ** 0.5,
         "y_std": (y1.std(0) + y2.std(0)).mean() / 2 * y1.shape[1] ** 0.5,
@@ -728,9 +748,10 @@ def layer_metrics(online, optimizer, unclipped):
 
 @torch.no_grad()
 def measure(online, optimizer, y, z, q, grad_norm, args):
-    """All metrics of a step, over the batch of all processes, from what `update` returned. `live`: of the
-    hidden units of projection and prediction, computed anew after the step, the part that is on for some
-    images and off for others. `grad_norm`: of the whole gradient, before it was clipped."""
+    """All metrics of a step, over the batch of all processes, from what `update` returned. y, z, q (2N, d)
+    and the gradients are those before the step; `live` is of the networks after it: of the hidden units of
+    projection and prediction the fraction that is on for some images and off for others. `grad_norm`: of the
+    whole gradient, before it was clipped."""
     (y1, y2), (z1, z2), (q1, q2) = ([gather(view) for view in t.chunk(2)] for t in (y, z, q))
     hidden = [online.projection[0](torch.cat([y1, y2])) > 0]
     if args.loss == "byol":
@@ -819,17 +840,17 @@ def evaluate(encoder, images, args):
 # ------------------------------------------------------------------------ run folder
 def write_whole(path, chunks):
     """Write chunks of bytes to a file, which appears as `path` whole or not at all."""
-    part = f"{path}.{os.urandom(6).hex()}.part"         # of no other process on any machine
+    half = f"{path}.{os.urandom(6).hex()}.part"         # of no other process on any machine
     try:
-        with open(part, "wb") as file:
+        with open(half, "wb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(half, path)
     except OSError as error:
-        stop(1, f"{path}: {error.strerror}")
+        stop(1, f"{path}: {error.strerror or error}")
     finally:
-        Path(part).unlink(missing_ok=True)
+        Path(half).unlink(missing_ok=True)
 
 
 def save(content, path):
@@ -857,8 +878,8 @@ def output_of(*command):
 
 
 def describe(args, digest):
-    """What config.json holds: the resolved flags, and what else may decide the bits of a run."""
-    flags = {name: value for name, value in vars(args).items() if name not in PLACES}
+    """What config.json holds: the resolved flags, the command, and what else may decide the bits of a run."""
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_THE_RUN}
     cpu = re.search("model name\\s*: (.*)", output_of("cat", "/proc/cpuinfo"))
     git = ("git", "-C", Path(__file__).resolve().parent)
     return {
@@ -891,22 +912,26 @@ class RunFolder:
         config = describe(args, digest)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if not self.path("config.json").exists():
-                for name in ("metrics.jsonl", "checkpoint.pt", "encoder.pt"):
-                    if self.path(name).exists():
-                        stop(2, f"--out {self.out}: it holds {name}, but no config.json")
-                write_whole(self.path("config.json"), [json.dumps(config, indent=1).encode()])
             self.log = open(self.path("metrics.jsonl"), "a+b")
         except OSError as error:
             stop(2, f"--out {self.out}: {error.strerror}")
         if not lock(self.log):
             stop(1, f"--out {self.out}: another process is at this run")
-        for part in self.out.glob("*.part"):            # which a killed process was writing
-            part.unlink(missing_ok=True)
-        self.compare(config)
+        for half in self.out.glob("*.part"):            # which a killed process was writing
+            half.unlink(missing_ok=True)
+        if self.path("config.json").exists():
+            self.compare(config)
+            return
+        for name in ("metrics.jsonl", "checkpoint.pt", "encoder.pt"):
+            if self.path(name).exists() and self.path(name).stat().st_size > 0:
+                stop(2, f"--out {self.out}: it holds {name}, but no config.json")
+        self.write_config(config)
 
     def path(self, name):
         return self.out / name
+
+    def write_config(self, config):
+        write_whole(self.path("config.json"), [json.dumps(config, indent=1).encode()])
 
     def compare(self, config):
         """Refuse another run than that of config.json; note what else has changed since it began."""
@@ -920,14 +945,14 @@ class RunFolder:
             if value != flags.get(name) and name != "threads":
                 has = f"{name} {flags.get(name)}, not {value}"
                 stop(2, f"--out {self.out}: its run has {has}; give another --out")
-        now = {name: config[name] for name in ("versions", "gpu", "cpu")}
+        now = {name: config[name] for name in ("versions", "gpu", "cpu", "commit")}
         now["threads"] = config["flags"]["threads"]
-        before = {**first, **flags, **first.get("resumed", {})}
+        before = {**first, "threads": flags.get("threads"), **first.get("resumed", {})}
         changed = {name: value for name, value in now.items() if value != before.get(name)}
         if changed:
             print(f"resumed with other {', '.join(changed)} than before: the bits may differ")
             first["resumed"] = first.get("resumed", {}) | changed
-            write_whole(path, [json.dumps(first, indent=1).encode()])
+            self.write_config(first)
 
     def is_finished(self):
         last = rb'{"step": %d, "accuracy.*}\n' % self.steps
@@ -935,7 +960,8 @@ class RunFolder:
 
     def load(self, parts):
         """Fill `parts`, {name: network or optimizer}, from the checkpoint, if there is one, and cut the log
-        to it. Returns the run's progress. What is random in a step depends on seed and step alone."""
+        to it. Returns the run's progress. There is no generator to restore: what is random in a step depends
+        on seed and step alone."""
         path, progress = self.path("checkpoint.pt"), {"step": 0, "state": "untrained", "log_bytes": 0}
         if path.exists():
             try:
@@ -943,12 +969,15 @@ class RunFolder:
                 for name, part in parts.items():
                     part.load_state_dict(content[name])
                 progress.update(content["progress"])
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:      # torch raises nearly anything on a damaged or foreign file
                 stop(1, f"{path}: cannot resume ({repr(error)[:100]}); if damaged, remove it")
         if RANK == 0:
             if self.log.seek(0, os.SEEK_END) < progress["log_bytes"]:
                 stop(1, f"{self.log.name} is shorter than at the last checkpoint; remove the folder")
             self.log.truncate(progress["log_bytes"])
+            self.log.seek(progress["log_bytes"])        # tell() goes by it
         return progress
 
     def write(self, line):
@@ -979,19 +1008,20 @@ class RunFolder:
     def finish(self):
         """Remove what only a run that was cut off needs."""
         if RANK == 0:
+            os.fsync(self.log.fileno())
             self.path("checkpoint.pt").unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------ training
-def rate(step, steps, lr, warmup):
+def lr_at(step, steps, lr, warmup):
     """Learning rate of step 0, 1, ... of `steps`: linear warm-up over its part, then cosine to 0."""
-    first = warmup * steps
-    if step < first:
-        return lr * (step + 1) / math.ceil(first)
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - first) / (steps - first)))
+    warm = warmup * steps
+    if step < warm:
+        return lr * (step + 1) / math.ceil(warm)
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def tau(step, steps, base):
+def tau_at(step, steps, base):
     """EMA rate of step 0, 1, ... of `steps`: from `base` to 1 along a cosine (BYOL, section 3.3)."""
     return 1 - (1 - base) * (1 + math.cos(math.pi * step / steps)) / 2
 
@@ -1021,8 +1051,8 @@ def split_by_rate(groups, factors):
     for i, group in enumerate(groups):
         for name, p in group["params"]:
             lr_mult = math.prod(factor for matches, factor in found if name in matches)
-            part = split.setdefault((i, lr_mult), {**group, "params": [], "lr_mult": lr_mult})
-            part["params"].append((name, p))
+            subgroup = split.setdefault((i, lr_mult), {**group, "params": [], "lr_mult": lr_mult})
+            subgroup["params"].append((name, p))
     return list(split.values())
 
 
@@ -1030,7 +1060,10 @@ def build(args):
     """Networks and optimizer of a run: (online, target, optimizer)."""
     settle_torch(args)
     torch.manual_seed(args.seed)
-    online = Network(args)
+    try:
+        online = Network(args)
+    except ValueError as error:
+        stop(2, f"--width: {error}")
     target = make_target(online, args.loss)
     for network in (online, target):
         network.to(args.device, memory_format=torch.channels_last)
@@ -1052,7 +1085,8 @@ def build(args):
 
 def update(online, target, optimizer, views, step, args):
     """Learn from the two views of a batch, (2N, 3, size, size), in step 0, 1, ... of the run. Returns the
-    loss, y, z and q of both views, and the gradient's norm before it was clipped, None without --clip."""
+    loss, the sum of both directions, y, z and q of both views, (2N, d), and the gradient's norm before it was
+    clipped, None without --clip. `online` may be wrapped for several processes."""
     with torch.autocast(views.device.type, torch.bfloat16, enabled=args.amp):
         y, z, q = (t.float() for t in online(views))
         with torch.no_grad():
@@ -1067,22 +1101,22 @@ def update(online, target, optimizer, views, step, args):
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(online.parameters(), args.clip) if args.clip else None
     for group in optimizer.param_groups:
-        group["lr"] = rate(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
+        group["lr"] = lr_at(step, args.steps, args.lr, args.warmup) * group["lr_mult"]
     optimizer.step()
 
-    update_target(target, online, tau(step, args.steps, args.ema))
+    update_target(target, online, tau_at(step, args.steps, args.ema))
     if args.loss == "moco":
         enqueue(target.queue, gather(t1), gather(t2), step)
     return loss.detach(), y.detach(), z.detach(), q.detach(), grad_norm
 
 
-def place_of(step, n, args):
-    """What the log says of step 0, 1, ... on n images before its metrics."""
+def schedule_of(step, n, args):
+    """Where step 0, 1, ... on n images stands in the run: the log's first keys."""
     return {
         "step": step + 1,
         "epoch": (step + 1) / (n // args.batch_size),
-        "lr": rate(step, args.steps, args.lr, args.warmup),
-        "ema": tau(step, args.steps, args.ema),
+        "lr": lr_at(step, args.steps, args.lr, args.warmup),
+        "ema": tau_at(step, args.steps, args.ema),
     }
 
 
@@ -1101,7 +1135,7 @@ HEADER = """left: minutes to go; the other columns: README.md, Has my run collap
 def show(line, state, args):
     """Print what a person wants of a line of the log."""
     left = (args.steps - line["step"]) * args.batch_size / line["images_per_s"] / 60
-    live = "".join(f"{part:6.2f}" for part in line["live"])
+    live = "".join(f"{fraction:6.2f}" for fraction in line["live"])
     text = "{step:7} {left:4.0f}m {loss:8.3g} {rep_dist:10.3g} {common:6.2f} {z_norm:7.3g} {q_norm:7.3g}"
     text += " {grad_norm:7.2g} {live}  {state}"
     print(text.format(**{**line, "left": left, "live": live, "state": state}), flush=True)
@@ -1112,9 +1146,9 @@ def score(encoder, images, step, progress, folder, args):
     if RANK > 0:
         return
     accuracy = evaluate(encoder, images, args)
-    random = progress.setdefault("random", accuracy)
+    untrained = progress.setdefault("untrained_accuracy", accuracy)
     folder.write({"step": step, "accuracy": accuracy, "state": progress["state"]})
-    scores = f"linear accuracy {accuracy:.2f} %, of random features {random:.2f} %"
+    scores = f"linear accuracy {accuracy:.2f} %, of random features {untrained:.2f} %"
     print(f"step {step}: {progress['state']}, {scores}")
 
 
@@ -1132,6 +1166,7 @@ def train(argv):
         folder = RunFolder(args, images.digest)
     if folder.is_finished():
         print(f"{args.out} holds this run, finished; remove the folder to run it again")
+        folder.finish()
         return
     parts = dict(online=online, target=target, optimizer=optimizer)
     progress = folder.load(parts)
@@ -1144,17 +1179,17 @@ def train(argv):
             score(online.encoder, images, step, progress, folder, args)
             clock, clock_step = time.perf_counter(), step
         views = load_views(images.train, step, args)
-        loss, *outputs = update(network, target, optimizer, views, step, args)
+        loss, y, z, q, grad_norm = update(network, target, optimizer, views, step, args)
         done = step + 1
-        logs = done == args.steps or is_due(done, args.log_every) or done & step == 0       # at powers of two
+        logs = done == args.steps or is_due(done, args.log_every) or (done & step) == 0     # powers of two
         saves = is_due(done, args.checkpoint_every)
         if logs or saves:               # nothing else in a step waits for the device
             loss = finite_loss(loss, done)
         if logs:
-            metrics = measure(online, optimizer, *outputs, args)
+            metrics = measure(online, optimizer, y, z, q, grad_norm, args)
             first = progress.setdefault("first", metrics["rep_dist"])
             progress["state"] = collapse_state(progress["state"], metrics["rep_dist"], first)
-            line = {**place_of(step, len(images.train), args), "loss": loss, **metrics}
+            line = {**schedule_of(step, len(images.train), args), "loss": loss, **metrics}
             line["images_per_s"] = args.batch_size * (done - clock_step) / (time.perf_counter() - clock)
             clock, clock_step = time.perf_counter(), done
             folder.write(line)
@@ -1162,7 +1197,6 @@ def train(argv):
         if saves:
             progress["step"] = done
             folder.save(parts, progress)
-
     folder.save_encoder(online.encoder)     # before the line that says that the run is finished
     score(online.encoder, images, args.steps, progress, folder, args)
     folder.finish()
@@ -1182,9 +1216,7 @@ def main(argv):
         sys.stdout = open(os.devnull, "w")
         stop(1, f"nobody reads standard output any more; {again}")
     except OSError as error:
-        stop(1, f"{error.filename or 'the disk'}: {error.strerror}")
-    except ValueError as error:
-        stop(2, error)
+        stop(1, f"{error.filename or 'the disk'}: {error.strerror or error}")
     except (RuntimeError, MemoryError) as error:
         if any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
             stop(1, f"out of memory ({repr(error)[:90]}): try a smaller --batch-size, --size or --width")

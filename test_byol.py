@@ -453,10 +453,10 @@ def test_metrics_of_what_has_no_distance():
 
 
 def test_schedules():
-    rates = [byol.rate(step, 100, 2.0, 0.1) for step in range(100)]
+    rates = [byol.lr_at(step, 100, 2.0, 0.1) for step in range(100)]
     assert [rates[step] for step in (0, 9, 10, 55)] == pytest.approx([0.2, 2.0, 2.0, 1.0])
     assert max(rates) == rates[9] and 0 < rates[99] < 0.001
-    assert [byol.tau(step, 100, 0.9) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
+    assert [byol.tau_at(step, 100, 0.9) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 
 @pytest.mark.parametrize("flags", [
