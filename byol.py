@@ -61,6 +61,10 @@ def stop(status, message):
     raise SystemExit(status)
 
 
+class Diverged(ValueError):
+    """Values are not finite any more; ends a run with status 1."""
+
+
 # ------------------------------------------------------------------------ arguments
 DEFAULT_LR = {"sgd": 0.2, "lars": 0.2, "adamw": 1e-3}
 DEFAULT_DECAY = {"sgd": 1e-4, "lars": 1.5e-6, "adamw": 1e-2}    # the blog's code, the BYOL paper, torch
@@ -118,7 +122,7 @@ def parse_arguments(argv):
         type=within(float, 0))
     add("--warmup", 0.0, "fraction of the run with linear warm-up", type=within(float, 0, 1))
     group = parser.add_argument_group("run")
-    add("--steps", 1500, "length of the run; 0: random features", type=within(int, 0))
+    add("--steps", None, "length of the run, unless given 1500; 0: random features", type=within(int, 0))
     add("--epochs", None, "the length in passes over the images, instead of --steps", type=within(int, 0))
     add("--batch-size", 64, "images per step, of all processes", type=within(int, 2))
     add("--seed", 0, "of weights, order and views", type=within(int, 0, 2**63 - 1))
@@ -139,7 +143,9 @@ def parse_arguments(argv):
         if re.fullmatch("--[a-z-]+=--", word):          # of which argparse makes an empty list before 3.13
             stop(2, f"{word[:-3]}: -- is no value")
     args = parser.parse_args(argv)
-    defaults = {name: parser.get_default(name) for name in vars(args)}
+    if args.steps is not None and args.epochs is not None:
+        stop(2, "--steps and --epochs exclude each other")
+    defaults = {name: parser.get_default(name) for name in vars(args)} | {"steps": 1500}
     defaults |= dict(proj_norm=args.mlp_norm, pred_norm=args.mlp_norm)
     defaults |= dict(lr=DEFAULT_LR[args.opt], weight_decay=DEFAULT_DECAY[args.opt])
     for name, value in vars(args).items():
@@ -147,7 +153,7 @@ def parse_arguments(argv):
             setattr(args, name, defaults[name])
     changed = {name: value for name, value in vars(args).items() if value != defaults[name]}
     for wrong, why in (
-        ("steps" in changed and "epochs" in changed, "--steps and --epochs exclude each other"),
+        (args.out == "", "--out is empty: name a folder"),
         ("lars_layers" in changed and args.opt != "lars", "--lars-layers needs --opt lars"),
         ("lars_on" in changed and args.opt != "lars", "--lars-on needs --opt lars"),
         ("pred_norm" in changed and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
@@ -177,11 +183,13 @@ def join_processes(args):
         return
     for name in LAUNCHER:
         value = os.environ.get(name, "")
-        is_right = value if name == "MASTER_ADDR" else value.isdecimal()
+        is_right = value if name == "MASTER_ADDR" else value.isdecimal() and int(value) < 2**16
         if not is_right:
             stop(2, f"WORLD_SIZE is set, but {name} is {value or 'not'}: use torchrun, or unset WORLD_SIZE")
     RANK, WORLD, gpu = (int(os.environ[name]) for name in LAUNCHER[:3])
     has_bn = "bn" in (args.enc_norm, args.proj_norm, args.pred_norm)
+    if RANK >= WORLD:
+        stop(2, f"RANK is {RANK}, WORLD_SIZE {WORLD}: use torchrun, or unset WORLD_SIZE")
     for wrong, why in (
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
         (has_bn and args.batch_size == WORLD, "--batch-size: with BN each process needs two images"),
@@ -300,7 +308,9 @@ def find_white(paths):
             low, high = min(low, values.min()), max(high, values.max())
     fitting = [white for white in whites if low >= 0 and high <= white]
     if not fitting:
-        stop(2, f"--data: images with values from {low:g} to {high:g}; save them with 8 bits a channel")
+        raise ValueError(f"images with values from {low:g} to {high:g}; save them with 8 bits a channel")
+    if high > 0:
+        print(f"images of more than 8 bits: {fitting[0]} is white, the brightest value is {high:g}")
     return fitting[0]
 
 
@@ -322,7 +332,7 @@ def find_images(root):
     found, left_out = [], 0
     for folder, inner, files in os.walk(root, followlinks=True, onerror=fail):
         images = [name for name in files if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
-        images = [name for name in images if not FOREIGN.match(name)]
+        images = [name for name in images if not FOREIGN.match(name) and os.path.isfile(Path(folder, name))]
         left_out += len(files) - len(images)
         found += [(folder, name) for name in images]
         here = Path(os.path.abspath(folder))
@@ -357,7 +367,9 @@ def open_folder(root):
         differ = [f"in {split} alone {', '.join(sorted(names))}" for split, names in alone.items() if names]
         raise OSError(f"the classes differ: {'; '.join(differ)}")
     if len(train) < 2:
-        raise OSError(f"train and test have images of {len(train)} classes, not of two or more")
+        endings = ", ".join(datasets.folder.IMG_EXTENSIONS)
+        raise OSError(f"train and test have images of {len(train)} classes, not of two or more, and {left_out} "
+                      f"other files; images end in {endings}")
     if left_out:
         print(f"{root}: {left_out} files left out: hidden, no images by name, or in no class's folder")
     names = sorted(train)
@@ -401,11 +413,11 @@ def open_source(args):
             return open_folder(args.data[7:])
         if args.data in DATASETS:
             return open_torchvision(args)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:          # torchvision raises nearly anything on damaged files
         hint = "try another --data-dir, or --download"
         if args.data.startswith("folder:"):
             hint = "it needs images in train/CLASS/ and test/CLASS/, the same classes in both"
-        stop(2, f"--data {args.data}: {error}; {hint}")
+        stop(2, f"--data {args.data}: {error or repr(error)}; {hint}")
     stop(2, f"--data {args.data}: not shapes, {', '.join(DATASETS)} or folder:DIR")
 
 
@@ -429,16 +441,17 @@ def decode(source, side):
             yield from pool.map(pixels, range(start, min(start + 1024, n)))
 
 
-def tell_blank(pixels):
-    """A line each if images are nearly black, or all alike: a run would look collapsed."""
-    dark, alike = 0, True
-    for chunk in pixels.split(1024):
-        dark += (chunk.amax((1, 2, 3)) < DARK).sum().item()
-        alike &= bool((chunk == pixels[0]).all())
-    if dark:
-        print(f"{dark:,} of {len(pixels):,} images are nearly black, no value is over {DARK - 1} of 255")
-    if alike:
-        print("all images are alike")
+def tell_blank(images):
+    """A line each if images of a sample are nearly black, of one colour, or alike: runs would collapse."""
+    sample = images[:: len(images) // 1000 + 1]
+    brightest, darkest = sample.amax((1, 2, 3)), sample.amin((2, 3))
+    for wrong, what in (
+        (brightest < DARK, f"nearly black, with no value over {DARK - 1} of 255"),
+        ((sample.amax((2, 3)) == darkest).all(1), "of a single colour"),
+        ((sample == sample[0]).flatten(1).all(1), "like the first"),
+    ):
+        if wrong.sum() > 1:
+            print(f"{wrong.sum():,} of {len(sample):,} training images looked at are {what}")
 
 
 def load_decoded(source, args):
@@ -447,17 +460,19 @@ def load_decoded(source, args):
     side = min(*source.sides, 2 * args.size) if len(source.sides) == 1 else args.size
     digest = hashlib.sha256(repr((EDITION, args.data, side, source.file_stats)).encode()).hexdigest()[:16]
     path = Path(args.data_dir, "decoded", f"{digest}.npy")
-    is_new = not path.exists()
-    if is_new:
+    shape = (len(source.train_labels) + len(source.test_labels), 3, side, side)
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         for half in path.parent.glob("*.part"):
             if time.time() - half.stat().st_mtime > 3600:       # no living process writes it
                 half.unlink(missing_ok=True)
         write_whole(path, decode(source, side))
-    pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
-    if is_new:
-        tell_blank(pixels)
-    train, test = pixels.split([len(source.train_labels), len(source.test_labels)])
+    try:
+        pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
+        train, test = pixels.view(shape).split([len(source.train_labels), len(source.test_labels)])
+    except (ValueError, EOFError, RuntimeError):
+        stop(1, f"{path} is damaged; remove it")
+    tell_blank(train)
     labels = torch.as_tensor(source.train_labels)
     return Images(train, labels[labels >= 0], test, torch.as_tensor(source.test_labels), digest)
 
@@ -683,15 +698,17 @@ def collapse_metrics(y1, z1, y2, z2):
     images; pos_cos is that of the two views of one; z_norm is z's mean length;
     common is the fraction of z's variation that the two views of an image have in common; z_std and y_std, of
     unit vectors, are 1 for an even spread and 0 at collapse; y_rank is RankMe (arXiv 2210.02885). They come
-    from squared distances, which stay exact where 1 - cos is smaller than rounding. ValueError for fewer
-    than two images, or values that are not finite.
+    from squared distances, which stay exact where 1 - cos is smaller than rounding. ValueError for other
+    shapes, fewer than two images, or values that are not finite.
     """
-    if len(z1) < 2:
-        raise ValueError(f"the distance between images of a batch of {len(z1)} is not defined")
-    if not all(t.isfinite().all() for t in (y1, z1, y2, z2)):
-        raise ValueError("y or z is not finite: the run diverged")
+    if y1.shape != y2.shape or z1.shape != z2.shape or z1.ndim != 2 or len(y1) != len(z1) or len(z1) < 2:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (y1, z1, y2, z2))
+        raise ValueError(f"y and z of two views, (N, d) each with N at least 2, are wanted, not {shapes}")
+    y1, z1, y2, z2 = (t.float() for t in (y1, z1, y2, z2))
     z_norm = torch.cat([z1, z2]).norm(dim=1).mean()
-    y1, z1, y2, z2 = (F.normalize(t.float()) for t in (y1, z1, y2, z2))
+    if not all(t.isfinite().all() for t in (y1, y2, z_norm)):
+        raise Diverged("y or z is not finite: the run diverged; try a lower --lr, or --clip")
+    y1, z1, y2, z2 = (F.normalize(t, eps=1e-30) for t in (y1, z1, y2, z2))
     between = z1.var(0).sum() + z2.var(0).sum()     # mean squared distance of two images: twice the variance
     within_pair = (z1 - z2).square().sum(1).mean()  # and of the two views of one image
     spectrum = torch.linalg.svdvals(y1)
@@ -718,7 +735,7 @@ def collapse_state(state, rep_dist, first):
     Raises ValueError for a distance that is not finite: nothing can be said then.
     """
     if not math.isfinite(rep_dist) or not math.isfinite(first):
-        raise ValueError(f"rep_dist is {rep_dist}, first is {first}: not both finite, so nothing can be said")
+        raise Diverged(f"rep_dist is {rep_dist}, first is {first}: not both finite, so nothing can be said")
     if state == "collapsed":
         return "recovered" if rep_dist > first / 10 else "collapsed"
     if rep_dist <= first / 100:         # equal: both are 0
@@ -795,27 +812,31 @@ def linear_accuracy(train, train_labels, test, test_labels):
     for all. Deviations under 1e-5 of the features' rms, which fp32 rounding leaves of a constant, count as 0:
     scaled up, they could tell classes apart. Labels are whole numbers from 0 on, (N,) or (N, 1). Features and
     labels may be on any device, have a graph, or be inference tensors. ValueError for what does not fit."""
-    train, test = (as_features(x) for x in (train, test))
-    labels, test_labels = as_labels(train_labels, train), as_labels(test_labels, test)
+    train, test = as_features(train), as_features(test)
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"features of the shapes {tuple(train.shape)} and {tuple(test.shape)}")
+    test_labels = as_labels(test_labels, test)
+    classes, labels = as_labels(train_labels, train).unique(return_inverse=True)
     mean, rounding = train.mean(0), 1e-5 * train.square().mean().sqrt().item()
     train, test = F.hardshrink(train - mean, rounding), F.hardshrink(test - mean, rounding)
     scale = train.square().mean().sqrt() or 1.0
     with torch.inference_mode(False), torch.enable_grad():
         weight, bias = fit_linear((train / scale).clone(), labels.clone())
     guess = (test / scale @ weight + bias).argmax(1)
-    return 100 * (guess == test_labels).double().mean().item()
+    return 100 * (classes[guess] == test_labels).double().mean().item()
 
 
 def as_features(x):
-    x = x.detach().cpu().double()
-    if x.ndim != 2 or not x.isfinite().all():
-        raise ValueError(f"features of the shape {tuple(x.shape)}: not (N, d), or not all finite")
-    return x
+    x = torch.as_tensor(x).detach().cpu()
+    if x.ndim != 2 or x.numel() == 0 or x.is_complex() or not x.isfinite().all():
+        raise ValueError(f"features of the shape {tuple(x.shape)}: not real, (N, d) and finite")
+    return x.double()
 
 
 def as_labels(labels, features):
     labels = torch.as_tensor(labels).cpu()
-    if labels.is_floating_point() or labels.numel() != len(features) or labels.min() < 0:
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    if not whole or labels.numel() != len(features) or labels.long().min() < 0:
         raise ValueError(f"labels {tuple(labels.shape)} are not {len(features)} whole numbers from 0 on")
     return labels.flatten().long()
 
@@ -832,7 +853,7 @@ def evaluate(encoder, images, args):
     encoder.train()
     y = torch.cat(y)
     if not y.isfinite().all():
-        stop(1, "the features are not finite: the run diverged; try a lower --lr, or --clip")
+        raise Diverged("y is not finite: the run diverged; try a lower --lr, or --clip")
     train, test = y.split([len(labelled), len(images.test)])
     return linear_accuracy(train, images.train_labels, test, images.test_labels)
 
@@ -969,6 +990,7 @@ class RunFolder:
                 for name, part in parts.items():
                     part.load_state_dict(content[name])
                 progress.update(content["progress"])
+                progress["first"]           # which older versions had not
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:      # torch raises nearly anything on a damaged or foreign file
@@ -1124,7 +1146,7 @@ def finite_loss(loss, step):
     """The mean loss of all processes, a float."""
     loss = gather(loss[None]).mean().item()
     if not math.isfinite(loss):
-        stop(1, f"the loss is {loss} at step {step}: the run diverged; try a lower --lr, or --clip")
+        raise Diverged(f"the loss is {loss} at step {step}: the run diverged; try a lower --lr, or --clip")
     return loss
 
 
@@ -1217,6 +1239,8 @@ def main(argv):
         stop(1, f"nobody reads standard output any more; {again}")
     except OSError as error:
         stop(1, f"{error.filename or 'the disk'}: {error.strerror or error}")
+    except Diverged as error:
+        stop(1, error)
     except (RuntimeError, MemoryError) as error:
         if any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
             stop(1, f"out of memory ({repr(error)[:90]}): try a smaller --batch-size, --size or --width")
@@ -1226,6 +1250,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files, on a terminal of ASCII
     main(sys.argv[1:])
     if WORLD > 1:
         dist.destroy_process_group()    # whose threads can otherwise abort a process at its exit

@@ -23,17 +23,25 @@ class LARS(torch.optim.Optimizer):
 
     The code of the BYOL blog post has 0 for that 1, so a tensor of zeros never moves. A group with
     `lars=False` is stepped as by SGD. `rates` holds the last step's local rates, left on the device, by name,
-    or by parameter if LARS was given no names. ValueError for an argument that is not in [0, inf).
+    or by parameter if LARS was given no names.
     """
 
     rates = {}
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=1e-3):
         settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta, lars=True)
-        for name, value in settings.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}, not a finite number of at least 0")
         super().__init__(params, settings)
+
+    def add_param_group(self, param_group):
+        """As torch's; ValueError for a setting out of range, or if two parameters have one name."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "momentum", "weight_decay", "eta"):
+            if not 0 <= group[name] < math.inf:
+                raise ValueError(f"{name} is {group[name]}, not a finite number of at least 0")
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if len(set(names)) < len(names):
+            raise ValueError("two parameters have one name, by which `rates` could not tell them apart")
 
     def load_state_dict(self, state_dict):
         """As torch's; ValueError for the state of another optimizer, which lacks what LARS needs."""
@@ -96,6 +104,8 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights"):
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("no parameter of the model requires a gradient")
+    if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in named.values()):
+        raise ValueError("a lazy module has no shape yet: run the model once")
     plain = set()
     if lars_on == "weights":
         of_norms = {p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters()}

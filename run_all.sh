@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Every configuration of the study, one line each. Results: results/README.md
 #
-#   bash run_all.sh                                 all claims, in both forms, on the embedded images
-#   bash run_all.sh C4 D7 gn-none-lars-0.5          those of some claims, some configurations
-#   bash run_all.sh full why fashion wide blog map  what no claim needs, only if named
-#   bash run_all.sh --list                          print the commands and run nothing
-#   DATA=folder:data/cifar10-jpeg JOBS=2 SEEDS="0 1 2" OUT=results/runs bash run_all.sh C3 C4 -- --width 16
+#   bash run_all.sh                              every claim, in both forms, on the embedded images
+#   STEPS=300 bash run_all.sh                    a quick look: 300 steps each
+#   bash run_all.sh C4 D7 gn-none-lars-0.5       those of some claims, with what was tried to flip them
+#   bash run_all.sh tries                        all that was tried to flip a claim
+#   bash run_all.sh why map wide fashion full blog       what no claim needs; blog is for a GPU
+#   bash run_all.sh --list                       print the commands and run nothing
+#   DATA=folder:data/cifar10-jpeg SEEDS="0 1 2" OUT=results/runs bash run_all.sh C3 C4 -- --width 16
 #
-# DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (1), each on its GPU of several.
-# STEPS: every run's length, not the table's. OUT: the runs' folder (runs). What stands after -- goes to every
-# command. A finished run is skipped, a cut-off one resumes, a failed one stops no other and is named at the
-# end. In a Slurm array each element runs its command, counted from 0.
+# DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (one on each core, or with --device cuda on
+# each GPU). STEPS: every run's length, not the table's. OUT: the runs' folder (runs). What stands after -- goes
+# to every command. A finished run is skipped, a cut-off one resumes, a failed one stops no other and is named at
+# the end. In a Slurm array each element runs its command, counted from 0.
 #
 # A line makes two runs: NAME-code, the form of the blog's code (LARS on all parameters, no warm-up), and
 # NAME-paper, the BYOL paper's (LARS on weights, a linear warm-up over a tenth of the run); if its name ends
@@ -55,48 +57,60 @@ D11            gn-none-adamw-1e-4      6000    $GN --opt adamw --lr 1e-4
 D11            gn-none-adamw-3e-4      6000    $GN --opt adamw --lr 3e-4
 D11            gn-none-adamw-1e-3      6000    $GN --opt adamw --lr 1e-3
 D11            gn-none-adamw-3e-3      6000    $GN --opt adamw --lr 3e-3
-C6          gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
-C6          gn-bn-sgd@warm-up-of-600-code 6000 --enc-norm gn --mlp-norm bn --lr 0.8 --warmup 0.1
-C6          gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm bn --lr 0.8
-C6          gn-none-lars-0.2@weight-standardization-code 6000 $WS $LARS --lr 0.2
-C7,D10      gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
-C1          bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
-D1,D4       gn-none-sgd-wd1e-5@half-the-rate-code 24000 $GN --lr 0.1 --weight-decay 1e-5
-D1,D4       gn-none-sgd-wd1e-5@twice-the-rate-paper 24000 $GN --lr 0.4 --weight-decay 1e-5
-D1,D4       gn-none-sgd-wd1e-5@weight-standardization-paper 24000 $WS --lr 0.2 --weight-decay 1e-5
-D1,D4       gn-none-sgd-wd1e-5@batch-128-paper 24000 $GN --lr 0.2 --weight-decay 1e-5 --batch-size 128
-D1,D4 gn-none-sgd-wd1e-5@BN-in-the-projection-paper 24000 --enc-norm gn $PROJ --lr 0.2 --weight-decay 1e-5
-D1,D4 gn-none-sgd-wd1e-5@BN-in-the-prediction-code 24000 --enc-norm gn $PRED --lr 0.2 --weight-decay 1e-5
-D2          gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
-D5          gnws-none-sgd@half-the-rate-code 24000 $WS --lr 0.1
-D5          gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
-D5          gnws-none-sgd@batch-128-paper 24000 $WS --lr 0.2 --batch-size 128
-D5          gnws-none-sgd@four-times-the-rate-paper 24000 $WS --lr 0.8
-D5          gnws-none-sgd@ten-times-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 1e-3
-D5          gnws-none-sgd@five-times-the-decay 24000 $WS --lr 0.2 --weight-decay 5e-4
-D5          gnws-none-sgd@twice-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 2e-4
-D5          gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws $PROJ --lr 0.2
-D5          gnws-none-sgd@BN-in-the-prediction-code 24000 --enc-norm gn+ws $PRED --lr 0.2
-D7          gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
-D7          gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
-D7          gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@LARS-on-weights-code 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS.*weight'
-D9          gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@twice-the-rate 6000 $GN $LARS --lr 0.4 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@four-times-the-rate 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@eight-times-the-rate 6000 $GN $LARS --lr 1.6 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@sixteen-times-the-rate-paper 6000 $GN $LARS --lr 3.2 --lars-layers '$MLPS'
-D9          gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $ON_MLPS --warmup 0.025
-D9          gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $ON_MLPS --warmup 0.4
-D9          gn-none-lars-mlps@decay-0-paper 6000 $GN $ON_MLPS --weight-decay 0
-D9          gn-none-lars-mlps@decay-1e-4-paper 6000 $GN $ON_MLPS --weight-decay 1e-4
-D9          gn-none-lars-mlps@decay-3e-4-paper 6000 $GN $ON_MLPS --weight-decay 3e-4
-D9          gn-none-lars-mlps@decay-1e-3-paper 6000 $GN $ON_MLPS --weight-decay 1e-3
-D9          gn-none-lars-mlps@batch-128-paper 6000 $GN $ON_MLPS --batch-size 128
-D9          gn-none-lars-mlps@weight-standardization-paper 6000 $WS $ON_MLPS
-D9          gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn $PROJ $ON_MLPS
-D9          gn-none-lars-mlps@BN-in-the-prediction-code 6000 --enc-norm gn $PRED $ON_MLPS
-D9          gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $ON_MLPS
+tries,C6 gn-bn-sgd@half-the-rate-code 6000 --enc-norm gn --mlp-norm bn --lr 0.4
+tries,C6 gn-bn-sgd@warm-up-of-600-code 6000 --enc-norm gn --mlp-norm bn --lr 0.8 --warmup 0.1
+tries,C6 gn-bn-sgd@weight-standardization-code 6000 --enc-norm gn+ws --mlp-norm bn --lr 0.8
+tries,C6 gn-none-lars-0.2@weight-standardization-code 6000 $WS $LARS --lr 0.2
+tries,C7,D10 gn-none-lars-0.1@half-the-rate-code 6000 $GN $LARS --lr 0.05
+tries,C1 bn-none-sgd-long@half-the-rate-code 24000 --enc-norm bn --mlp-norm none --lr 0.4
+tries,D1,D4 gn-none-sgd-wd1e-5@half-the-rate-code 24000 $GN --lr 0.1 --weight-decay 1e-5
+tries,D1,D4 gn-none-sgd-wd1e-5@twice-the-rate-paper 24000 $GN --lr 0.4 --weight-decay 1e-5
+tries,D1,D4 gn-none-sgd-wd1e-5@weight-standardization-paper 24000 $WS --lr 0.2 --weight-decay 1e-5
+tries,D1,D4 gn-none-sgd-wd1e-5@batch-128-paper 24000 $GN --lr 0.2 --weight-decay 1e-5 --batch-size 128
+tries,D1,D4 gn-none-sgd-wd1e-5@BN-in-the-projection-paper 24000 --enc-norm gn $PROJ --lr 0.2 --weight-decay 1e-5
+tries,D1,D4 gn-none-sgd-wd1e-5@BN-in-the-prediction-code 24000 --enc-norm gn $PRED --lr 0.2 --weight-decay 1e-5
+tries,D2 gn-none-sgd-wd1e-4@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-4 --warmup 0.025
+tries,D5 gnws-none-sgd@half-the-rate-code 24000 $WS --lr 0.1
+tries,D5 gnws-none-sgd@twice-the-rate-paper 24000 $WS --lr 0.4
+tries,D5 gnws-none-sgd@batch-128-paper 24000 $WS --lr 0.2 --batch-size 128
+tries,D5 gnws-none-sgd@four-times-the-rate-paper 24000 $WS --lr 0.8
+tries,D5 gnws-none-sgd@ten-times-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 1e-3
+tries,D5 gnws-none-sgd@five-times-the-decay 24000 $WS --lr 0.2 --weight-decay 5e-4
+tries,D5 gnws-none-sgd@twice-the-decay-paper 24000 $WS --lr 0.2 --weight-decay 2e-4
+tries,D5 gnws-none-sgd@BN-in-the-projection-code 24000 --enc-norm gn+ws $PROJ --lr 0.2
+tries,D5 gnws-none-sgd@BN-in-the-prediction-code 24000 --enc-norm gn+ws $PRED --lr 0.2
+tries,D7 gn-none-lars-early@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$EARLY'
+tries,D7 gn-none-lars-0.2@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all
+tries,D7 gn-none-lars-mlps@LARS-on-all-paper 6000 $GN $LARS --lr 0.2 --lars-on all --lars-layers '$MLPS'
+tries,D9 gn-none-lars-mlps@LARS-on-weights-code 6000 $GN $LARS --lr 0.2 --lars-layers '$MLPS.*weight'
+tries,D9 gn-none-lars-mlps@half-the-rate-paper 6000 $GN $LARS --lr 0.1 --lars-layers '$MLPS'
+tries,D9 gn-none-lars-mlps@twice-the-rate 6000 $GN $LARS --lr 0.4 --lars-layers '$MLPS'
+tries,D9 gn-none-lars-mlps@four-times-the-rate 6000 $GN $LARS --lr 0.8 --lars-layers '$MLPS'
+tries,D9 gn-none-lars-mlps@eight-times-the-rate 6000 $GN $LARS --lr 1.6 --lars-layers '$MLPS'
+tries,D9 gn-none-lars-mlps@sixteen-times-the-rate-paper 6000 $GN $LARS --lr 3.2 --lars-layers '$MLPS'
+tries,D9 gn-none-lars-mlps@warm-up-of-150-paper 6000 $GN $ON_MLPS --warmup 0.025
+tries,D9 gn-none-lars-mlps@warm-up-of-2400-paper 6000 $GN $ON_MLPS --warmup 0.4
+tries,D9 gn-none-lars-mlps@decay-0-paper 6000 $GN $ON_MLPS --weight-decay 0
+tries,D9 gn-none-lars-mlps@decay-1e-4-paper 6000 $GN $ON_MLPS --weight-decay 1e-4
+tries,D9 gn-none-lars-mlps@decay-3e-4-paper 6000 $GN $ON_MLPS --weight-decay 3e-4
+tries,D9 gn-none-lars-mlps@decay-1e-3-paper 6000 $GN $ON_MLPS --weight-decay 1e-3
+tries,D9 gn-none-lars-mlps@batch-128-paper 6000 $GN $ON_MLPS --batch-size 128
+tries,D9 gn-none-lars-mlps@weight-standardization-paper 6000 $WS $ON_MLPS
+tries,D9 gn-none-lars-mlps@BN-in-the-projection-paper 6000 --enc-norm gn $PROJ $ON_MLPS
+tries,D9 gn-none-lars-mlps@BN-in-the-prediction-code 6000 --enc-norm gn $PRED $ON_MLPS
+tries,D9 gn-none-lars-mlps@four-times-the-steps-paper 24000 $GN $ON_MLPS
+tries,C1 bn-none-sgd-long@warm-up-of-150-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.00625
+tries,D1,D4 gn-none-sgd-wd1e-5@warm-up-of-150-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.00625
+tries,D5 gnws-none-sgd@warm-up-of-150-code 24000 $WS --lr 0.2 --warmup 0.00625
+tries,C1 bn-none-sgd-long@warm-up-of-300-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.0125
+tries,D1,D4 gn-none-sgd-wd1e-5@warm-up-of-300-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.0125
+tries,D5 gnws-none-sgd@warm-up-of-300-code 24000 $WS --lr 0.2 --warmup 0.0125
+tries,C1 bn-none-sgd-long@warm-up-of-450-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.01875
+tries,D1,D4 gn-none-sgd-wd1e-5@warm-up-of-450-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.01875
+tries,D5 gnws-none-sgd@warm-up-of-450-code 24000 $WS --lr 0.2 --warmup 0.01875
+tries,C1 bn-none-sgd-long@warm-up-of-600-code 24000 --enc-norm bn --mlp-norm none --lr 0.8 --warmup 0.025
+tries,D1,D4 gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-decay 1e-5 --warmup 0.025
+tries,D5 gnws-none-sgd@warm-up-of-600-code 24000 $WS --lr 0.2 --warmup 0.025
 full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5
 full gnws-none-sgd@the-original-length 131200 $WS --lr 0.2
 why            none-none-sgd-0.2-code  6000    $NONE --lr 0.2
@@ -152,12 +166,6 @@ why            growth-sgd-paper        6000    results/growth.py $GN --lr 0.2 --
 why            growth-sgd-code         2000    results/growth.py $GN --lr 0.2 --batch-size 32
 why            growth-lars-code        2000    results/growth.py $GN $LARS --lr 0.2 --batch-size 32
 "
-for warmup in 150:0.00625 300:0.0125 450:0.01875 600:0.025; do
-    switch="@warm-up-of-${warmup%:*}-code 24000" flag="--warmup ${warmup#*:}"
-    CONFIGURATIONS+="C1 bn-none-sgd-long$switch --enc-norm bn --mlp-norm none --lr 0.8 $flag"$'\n'
-    CONFIGURATIONS+="D1,D4 gn-none-sgd-wd1e-5$switch $GN --lr 0.2 --weight-decay 1e-5 $flag"$'\n'
-    CONFIGURATIONS+="D5 gnws-none-sgd$switch $WS --lr 0.2 $flag"$'\n'
-done
 for lr in 0.02 0.05 0.1 0.2 0.5 1 2; do
     for decay in 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1; do
         CONFIGURATIONS+="map map-sgd-$lr-$decay-paper 3000 $GN --lr $lr --weight-decay $decay"$'\n'
@@ -174,9 +182,13 @@ done
 set -uf                             # no globbing: of SEEDS
 usage() { echo "run_all.sh: $1" >&2; exit 2; }
 [ -f byol.py ] || usage "run it in the folder that holds byol.py"
+if [ "${BASH_VERSINFO[0]}" -lt 4 ] || [[ $(xargs --version 2>&1) != *GNU* ]]; then
+    usage "needs bash 4 and GNU xargs (on macOS: brew install bash findutils, and put them first in PATH)"
+fi
 list='' claims=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     case $1 in
+    --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' run_all.sh; exit ;;
     --list) list=1 ;;
     '' | -*) usage "'$1' is not an option; byol.py's flags stand after --" ;;
     *)
@@ -188,7 +200,11 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -gt 0 ] && shift
 [[ " $*" =~ " "(--seed|--steps|--out) ]] && usage "give ${BASH_REMATCH[1]} as SEEDS, STEPS or OUT"
-for number in "${JOBS:=1}" "${STEPS:=0}" ${SEEDS:=0}; do
+GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -nE 's/^GPU ([0-9]+).*/\1/p' | paste -sd , -)}
+IFS=, read -ra gpus <<<"$GPUS"
+jobs=$(getconf _NPROCESSORS_ONLN)
+[[ " $* " != *" cuda "* || -z $GPUS ]] || jobs=${#gpus[@]}
+for number in "${JOBS:=$jobs}" "${STEPS:=0}" ${SEEDS:=0}; do
     case $number in '' | 0?* | *[!0-9]*) usage "JOBS, STEPS, SEEDS: '$number' is no whole number" ;; esac
 done
 [[ $JOBS -gt 0 && $SEEDS == *[0-9]* ]] || usage "JOBS is at least 1, and SEEDS at least one number"
@@ -202,7 +218,7 @@ runs() {
     more=$([ $# -eq 0 ] || printf ' %q' "$@")
     for seed in $SEEDS; do
         while read -r ids name steps flags; do
-            [[ ,$ids,$name, =~ ,(${claims:-[A-Z][0-9]+}), ]] || continue
+            [[ ,$ids,$name, =~ ,(${claims:-all}), || (-z $claims && $ids == [A-Z]*) ]] || continue
             [ "$STEPS" -eq 0 ] || steps=$STEPS
             [[ $flags == *--batch-size* ]] || flags="--batch-size 32 $flags"
             [[ $flags == results/* ]] || flags="byol.py $flags"
@@ -224,19 +240,21 @@ runs() {
     done
 }
 
-# Run one line of `runs`, unless its log says that it is finished. Its output goes to a .txt beside it.
+# Run one line of `runs`, its output to a .txt beside its folder, unless its log says that it is finished. Prints
+# how it went, its length and what there is to say, separated by tabs.
 run_one() {
-    local name=$1 steps=$2 command=$3
+    local name=$1 steps=$2 command=$3 how=failed text
     IFS=, read -ra gpus <<<"$GPUS"
     [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
     if tail -n 1 "$OUT/$name/metrics.jsonl" 2>/dev/null | grep -q "^{\"step\": $steps, \"accuracy\".*}$" &&
         grep -qF "\"command\": \"$command\"" "$OUT/$name/config.json"; then
-        echo "$name: finished before" >&3
+        how=before text="$name: finished before"
     elif eval "$command" >>"$OUT/$name.txt" 2>&1; then
-        echo "$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)" >&3
+        how=finished text="$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)"
     else
-        echo "$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")"
+        text="$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")"
     fi
+    printf '%s\t%s\t%s\n' "$how" "$steps" "$text"
 }
 
 [ -z "$list" ] || { runs "$@" | cut -f 3; exit; }
@@ -247,11 +265,19 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 mkdir -p "$OUT" || exit 1
 trap 'echo "stopped; the same command resumes"; exit 130' INT
-GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -nE 's/^GPU ([0-9]+).*/\1/p' | paste -sd ,)}
+read -r total left < <(runs "$@" | awk -F '\t' '{n++; steps += $2} END {print n, steps}')
+echo "$total runs, $left steps, $JOBS at a time. Ctrl-C stops them, the same command resumes; STEPS=300 is a quick look."
 export -f run_one
-[[ $GPUS != *,* ]] || slot=--process-slot-var=SLOT          # GNU's: a number for each of the JOBS places
-exec 3>&1                           # run_one's own stdout is its failures
-failed=$(runs "$@" | tr '\t\n' '\0\0' | xargs -0 -n 3 -P "$JOBS" ${slot+"$slot"} bash -c 'run_one "$@"' _) ||
-    failed+=${failed:+$'\n'}"xargs stopped before the end; the same command resumes"
-[ -z "$failed" ] || { printf 'failed:\n%s\n' "$failed"; exit 1; } >&2
+[[ $GPUS != *,* ]] || slot=--process-slot-var=SLOT          # a number for each of the JOBS places
+n=0 did=0 failed='' begin=$SECONDS
+while IFS=$'\t' read -r how steps text; do
+    ((n += 1, left -= steps))
+    [ "$how" != finished ] || ((did += steps))
+    [ "$how" != failed ] || failed+=$text$'\n'
+    minutes=$((did > 0 ? (SECONDS - begin) * left / did / 60 : 0))
+    echo "[$n/$total] $text, $([ $did -gt 0 ] && echo "$minutes" || echo '?') minutes left"
+done < <(runs "$@" | tr '\t\n' '\0\0' | xargs -0 -n 3 -P "$JOBS" ${slot+"$slot"} bash -c 'run_one "$@"' _)
+[ "$n" -eq "$total" ] || failed+="only $n of $total runs came to an end; the same command resumes"$'\n'
+python results/report.py "$OUT" 2>&1 | grep -v '^|'         # the verdicts; its table repeats the lines above
+[ -z "$failed" ] || { printf 'failed:\n%s' "$failed"; exit 1; } >&2
 echo "all runs are finished, in $OUT"

@@ -1,6 +1,7 @@
 """Tests: values against torch, torchvision, scikit-learn or the formula; runs drive the real script."""
 
 import copy
+import io
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from scipy.stats import ks_2samp
 from sklearn.linear_model import LogisticRegression
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import byol
 import lars
@@ -308,6 +310,36 @@ def test_param_groups():
         assert all((p.ndim > 1) == group["lars"] == (group["weight_decay"] > 0) for _, p in group["params"])
 
 
+def test_what_is_no_weight_gets_no_lars():
+    """Whatever it is called, and whatever norm it belongs to; what cannot be told is refused."""
+    modules = dict(conv=nn.Conv2d(3, 8, 3), lstm=nn.LSTM(8, 8), rms=nn.RMSNorm(8), ln=nn.LayerNorm([4, 4]),
+                   attention=nn.MultiheadAttention(8, 2, add_bias_kv=True), embedding=nn.Embedding(5, 8))
+    model = nn.ModuleDict(modules)
+    model.layer_scale = nn.Parameter(torch.ones(8))
+    groups = lars.param_groups(model, 0.1)
+    adapted = {name for g in groups if g["lars"] for name, _ in g["params"]}
+    assert adapted == {"conv.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "attention.in_proj_weight",
+                       "attention.out_proj.weight", "embedding.weight"}
+    assert all(g["weight_decay"] == (0.1 if g["lars"] else 0) for g in groups)
+    with pytest.raises(ValueError, match="lazy"):
+        lars.param_groups(nn.LazyLinear(3), 0.1)
+
+
+def test_lars_says_what_it_cannot_do():
+    w = nn.Parameter(torch.ones(3, 2))
+    optimizer = lars.LARS([w], 0.1)
+    w.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (3, 2))
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="one name"):
+        lars.LARS([dict(params=[("w", nn.Parameter(torch.ones(2)))]), dict(params=[("w", w)])], 0.1)
+    with pytest.raises(ValueError, match="weight_decay"):
+        optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], weight_decay=-1))
+    for other in (torch.optim.SGD([w], 0.1), torch.optim.Adam([w])):
+        with pytest.raises(ValueError, match="another optimizer"):
+            optimizer.load_state_dict(other.state_dict())
+
+
 @pytest.mark.parametrize("name, code", [
     ("lars", "m = torch.nn.Linear(2, 2); m(torch.ones(1, 2)).sum().backward()"
              "; o = lars.LARS(lars.param_groups(m, 1e-6), 0.2); o.step(); assert set(o.rates) == {'weight'}"),
@@ -321,6 +353,20 @@ def test_copied_alone(name, code, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- views
+def plain_view(image, params, i, order, size):
+    """The view of `image`, (3, side, side) in [0, 1], by torchvision, with the ith of draw_views' parameters."""
+    one = {name: values[i].item() for name, values in params.items()}
+    place = [int(one[name]) for name in ("top", "left", "height", "width")]
+    image = TF.resized_crop(image, *place, [size, size], antialias=True)
+    image = TF.hflip(image) if one["flip"] else image
+    for name in order:
+        image = getattr(TF, f"adjust_{name}")(image, one[name])
+    image = TF.rgb_to_grayscale(image, 3) if one["gray"] else image
+    taps = 2 * math.ceil(size / 16) + 1
+    image = TF.gaussian_blur(image, [taps, taps], [one["sigma"]] * 2) if one["sigma"] else image
+    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
 @pytest.mark.parametrize("size", [16, 75, 96])
 def test_views_are_the_composition_of_torchvisions(size):
     args = byol.parse_arguments(["--size", str(size)])
@@ -333,17 +379,8 @@ def test_views_are_the_composition_of_torchvisions(size):
         params = {name: torch.tensor(values).float() for name, values in params.items()}
         ours = byol.make_views(images, params, order, args)
         assert ours.is_contiguous(memory_format=torch.channels_last)
-        taps = 2 * math.ceil(size / 16) + 1
-        for i, theirs in enumerate(images / 255):
-            one = {name: values[i].item() for name, values in params.items()}
-            place = [int(one[name]) for name in ("top", "left", "height", "width")]
-            theirs = TF.resized_crop(theirs, *place, [size, size], antialias=True)
-            theirs = TF.hflip(theirs) if one["flip"] else theirs
-            for name in order:
-                theirs = getattr(TF, f"adjust_{name}")(theirs, one[name])
-            theirs = TF.rgb_to_grayscale(theirs, 3) if one["gray"] else theirs
-            theirs = TF.gaussian_blur(theirs, [taps, taps], [one["sigma"]] * 2) if one["sigma"] else theirs
-            assert (ours[i] - TF.normalize(theirs, byol.MEAN, byol.STD)).abs().max() < 1e-4
+        for i, image in enumerate(images / 255):
+            assert (ours[i] - plain_view(image, params, i, order, size)).abs().max() < 1e-4
 
 
 def test_drawn_parameters_have_torchvisions_distribution():
@@ -359,6 +396,8 @@ def test_drawn_parameters_have_torchvisions_distribution():
     pairs = [(params[name], crops[:, i]) for i, name in enumerate(("top", "left", "height", "width"))]
     pairs += [(params[name][on], jitters[:, i]) for i, name in enumerate(byol.JITTER)]
     pairs += [(height * width, crops[:, 2] * crops[:, 3]), (params["sigma"][blurred], sigmas)]
+    half_as_large, _ = byol.draw_views(n, side, 48, np.random.default_rng(3))
+    pairs += [(2 * half_as_large["sigma"][half_as_large["sigma"] > 0], sigmas)]
     assert all(ks_2samp(ours, theirs).pvalue > 1e-3 for ours, theirs in pairs)
     assert np.array_equal(on, params["brightness"] != 1)
     for applied, p in ((on, 0.8), (params["flip"] > 0, 0.5), (params["gray"] > 0, 0.2), (blurred, 0.5)):
@@ -371,8 +410,11 @@ def test_views_and_order_of_the_images_depend_on_seed_and_step(shapes):
         args = byol.parse_arguments(f"--batch-size 4 --seed {seed}".split())
         halves += byol.load_views(same, step, args).chunk(2)
     assert not any(torch.equal(*pair) for pair in itertools.combinations(halves, 2))
-    order = byol.image_order(100, 0, 3)
-    assert sorted(order.tolist()) == list(range(100)) and not torch.equal(order, byol.image_order(100, 0, 4))
+    orders = [byol.image_order(100, seed, epoch).tolist() for seed, epoch in ((0, 3), (0, 4), (1, 3))]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+    jitters = {tuple(byol.draw_views(2, 32, 16, np.random.default_rng(seed))[1]) for seed in range(40)}
+    assert len(jitters) > 12            # of 24 orders
 
 
 # -------------------------------------------------------------------------------------- losses, EMA, metrics
@@ -416,7 +458,8 @@ def test_collapse_metrics():
     flat = byol.collapse_metrics(*[torch.ones(20, 20) + 1e-6 * torch.rand(20, 20)] * 4)
     assert flat["y_rank"] == pytest.approx(1, abs=1e-3) and flat["z_std"] < 1e-5
     wide = torch.randn(4000, 64)
-    assert byol.collapse_metrics(wide[:500], wide, wide[:500], wide)["z_std"] == pytest.approx(1, abs=0.02)
+    unequal = byol.collapse_metrics(wide[:, :9], wide, wide[:, :9], wide)
+    assert [unequal["z_std"], unequal["y_std"]] == pytest.approx([1, 1], abs=0.02)
 
 
 def test_live_units_are_on_for_some_and_off_for_others():
@@ -448,68 +491,142 @@ def test_collapse_state():
 
 def test_metrics_of_what_has_no_distance():
     for bad in (torch.randn(1, 8), torch.full((4, 8), math.nan), torch.full((4, 8), math.inf)):
-        with pytest.raises(ValueError, match="not defined|not finite"):
+        with pytest.raises(ValueError, match="at least 2|not finite"):
             byol.collapse_metrics(*[bad] * 4)
+    good = torch.randn(8, 16)
+    for bad in (good[:1], good[:, :8], good[0], good[None], good * 1e30):
+        with pytest.raises(ValueError, match="at least 2|not finite"):
+            byol.collapse_metrics(good, good, good, bad)
+    small = byol.collapse_metrics(*[1e-16 * good] * 4)          # whatever the length, directions count
+    assert small["rep_dist"] == pytest.approx(byol.collapse_metrics(*[good] * 4)["rep_dist"], rel=1e-4)
 
 
 def test_schedules():
     rates = [byol.lr_at(step, 100, 2.0, 0.1) for step in range(100)]
     assert [rates[step] for step in (0, 9, 10, 55)] == pytest.approx([0.2, 2.0, 2.0, 1.0])
     assert max(rates) == rates[9] and 0 < rates[99] < 0.001
+    assert max(byol.lr_at(step, 94, 2.0, 0.1) for step in range(94)) <= 2.0         # a warm-up of 9.4 steps
     assert [byol.tau_at(step, 100, 0.9) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 
-@pytest.mark.parametrize("flags", [
-    "--enc-norm bn --mlp-norm bn", GN, f"{GN} --loss moco", f"{GN} --clip 0.1", f"{GN} --opt adamw"])
-def test_step_equals_the_plain_one(flags, shapes, monkeypatch):
-    """Both views in one pass, channels_last and the fused updates against BYOL written out, in 20 steps, each
-    from the same state: with BN, rounding alone drives two runs apart very fast."""
-    flat = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
-    args = byol.parse_arguments(f"--width 8 --batch-size 32 --steps 20 {flags}".split())
-    online, target, optimizer = byol.build(args)
-    monkeypatch.setattr(byol, "per_view", lambda norm: norm)
-    plain = byol.Network(args)
-    plain_target = byol.make_target(plain, args.loss)
-    plain_optimizer = torch.optim.SGD(lars.param_groups(plain, 1e-4, None, "all"), 0.2, momentum=0.9)
-    if args.opt == "adamw":
-        weights, others = ([p for p in plain.parameters() if (p.ndim > 1) == large] for large in (True, False))
-        groups = [dict(params=weights, weight_decay=0.01), dict(params=others, weight_decay=0)]
-        plain_optimizer = torch.optim.AdamW(groups)
-    for step in range(20):
-        for mine, theirs in ((plain, online), (plain_target, target), (plain_optimizer, optimizer)):
-            mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
-        before = flat(plain)
-        views = byol.load_views(shapes.train, step, args)
-        loss, y, z, q, grad_norm = byol.update(online, target, optimizer, views, step, args)
+class Plain:
+    """BYOL written out from the papers and the flags, one view after the other: what a step makes of the
+    weights of `online` and `target`."""
 
-        v1, v2 = views.contiguous().chunk(2)
+    def __init__(self, args):
+        norms = {"bn": nn.BatchNorm1d, "ln": nn.LayerNorm, "gn": lambda n: nn.GroupNorm(32, n)}
+
+        def mlp(features, norm):
+            between = [norms[norm](512)] if norm != "none" else []
+            return nn.Sequential(nn.Linear(features, 512), *between, nn.ReLU(), nn.Linear(512, 128))
+
+        self.args = args
+        self.encoder = resnet_norms.resnet18(args.enc_norm, args.width, args.stem)
+        self.projection = mlp(8 * args.width, args.proj_norm)
+        self.prediction = mlp(128, args.pred_norm) if args.loss == "byol" else nn.Identity()
+        self.online = nn.ModuleList([self.encoder, self.projection, self.prediction])
+        self.target = copy.deepcopy(self.online[:2])
+
+    def views(self, images, step):
+        """Both views of the batch of a step, (N, 3, size, size) each."""
+        n, args = self.args.batch_size, self.args
+        epoch, i = divmod(step, len(images) // n)
+        chosen = np.random.default_rng([args.seed, 0, epoch]).permutation(len(images))[i * n : (i + 1) * n]
+        rng = np.random.default_rng([args.seed, 1, step])
+        params, order = byol.draw_views(2 * n, images.shape[-1], args.size, rng)
+        params = {name: torch.tensor(values).float() for name, values in params.items()}
+        both = [images[j] / 255 for j in [*chosen, *chosen]]
+        views = [plain_view(image, params, i, order, args.size) for i, image in enumerate(both)]
+        return torch.stack(views).chunk(2)
+
+    def loss(self, v1, v2, queue):
         with torch.no_grad():
-            t1, t2 = plain_target(v1)[1], plain_target(v2)[1]
-        q1, q2, cos = plain(v1)[2], plain(v2)[2], F.cosine_similarity
-        plain_loss = (2 - cos(q1, t2) - cos(q2, t1)).mean()
-        if args.loss == "moco":
-            queue = plain_target.queue
-            plain_loss = byol.moco_loss(q1, t2, queue) + byol.moco_loss(q2, t1, queue)
-            full = torch.cat([queue[: 64 * step], F.normalize(torch.cat([t1, t2])), queue[64 * step + 64 :]])
-            assert torch.allclose(target.queue, full, atol=1e-6)
-        plain_optimizer.zero_grad()
-        plain_loss.backward()
+            t1, t2 = (self.target[1](self.target[0](v)) for v in (v1, v2))
+        q1, q2 = (self.prediction(self.projection(self.encoder(v))) for v in (v1, v2))
+        cos = F.cosine_similarity
+        if self.args.loss == "byol":
+            return (2 - cos(q1, t2) - cos(q2, t1)).mean(), t1, t2
+        logits = lambda q, t: torch.cat([cos(q, t)[:, None], F.normalize(q) @ queue.T], 1) / 0.2
+        first = torch.zeros(len(q1)).long()
+        return F.cross_entropy(logits(q1, t2), first) + F.cross_entropy(logits(q2, t1), first), t1, t2
+
+    def lr(self, step):
+        warm = self.args.warmup * self.args.steps
+        if step < warm:
+            return self.args.lr * (step + 1) / math.ceil(warm)
+        return self.args.lr / 2 * (1 + math.cos(math.pi * (step - warm) / (self.args.steps - warm)))
+
+    def moved(self, name, p, grad, state, step):
+        """Where a parameter is after the step, in float64; `state`: the optimizer's of before."""
+        args, w, g = self.args, p.detach().double(), grad.double()
+        lr = self.lr(step) * math.prod(factor for regex, factor in args.lr_mult if re.search(regex, name))
+        on_all = args.opt == "sgd" or args.lars_on == "all"
+        decay = args.weight_decay if on_all or p.ndim > 1 else 0
+        if args.opt == "adamw":
+            m = 0.9 * state.get("exp_avg", 0) + 0.1 * g
+            v = 0.999 * state.get("exp_avg_sq", 0) + 0.001 * g**2
+            m, v = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
+            return w - lr * (decay * w + m / (v.sqrt() + 1e-8))
+        update = g + decay * w
+        adapted = args.opt == "lars" and (on_all or p.ndim > 1) and re.search(args.lars_layers or "", name)
+        if adapted and w.norm() > 0 and g.norm() > 0:
+            update = update * 1e-3 * w.norm() / (g.norm() + decay * w.norm())
+        return w - lr * (0.9 * state.get("momentum_buffer", 0) + update)
+
+
+@pytest.mark.parametrize("flags", [
+    "--enc-norm bn --mlp-norm bn",
+    GN,
+    f"{GN} --loss moco --width 6",
+    f"{GN} --clip 0.1 --seed 3 --size 20",
+    f"{GN} --opt adamw --lr-mult layer1=3 --ema 0.9",
+    "--enc-norm gn+ws --proj-norm ln --pred-norm gn --opt lars --lars-on all --warmup 0.6",
+    "--enc-norm none --proj-norm gn --pred-norm ln --opt lars --lars-layers encoder.layer[12] --size 32 "
+    "--stem imagenet --weight-decay 0.01",
+    "--enc-norm gn --proj-norm bn --pred-norm none --lr-mult ^encoder=2 --lr-mult bias=3 --weight-decay 0.01",
+])
+def test_step_equals_the_plain_one(flags, shapes):
+    """Both views in one pass, channels_last and the fused updates against BYOL written out, in 5 steps of two
+    epochs, each from the same state: with BN, rounding alone drives two runs apart very fast."""
+    args = byol.parse_arguments(f"--width 8 --batch-size 16 --steps 5 {flags}".split())
+    images, plain = shapes.train[::250], Plain(args)
+    online, target, optimizer = byol.build(args)
+    named = dict(online.named_parameters())
+    for step in range(args.steps):
+        for mine, theirs in ((plain.online, online), (plain.target, target)):
+            for p, value in zip(mine.parameters(), theirs.parameters(), strict=True):
+                p.data.copy_(value)
+        queue = target.queue.clone() if args.loss == "moco" else None
+        states = {name: dict(copy.deepcopy(optimizer.state.get(p, {}))) for name, p in named.items()}
+        views = byol.load_views(images, step, args)
+        for ours, theirs in zip(views.chunk(2), plain.views(images, step)):
+            assert (ours - theirs).abs().max() < 1e-4
+        loss, t1, t2 = plain.loss(*views.contiguous().chunk(2), queue)
+        grads = torch.autograd.grad(loss, [*plain.online.parameters()])
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        scale = min(1, args.clip / norm) if args.clip else 1
+        olds = [p.detach().clone() for p in plain.online.parameters()]
+        expected = {name: plain.moved(name, p, g * scale, states[name], step)
+                    for (name, _), p, g in zip(named.items(), olds, grads)}
+
+        ours, y, z, q, grad_norm = byol.update(online, target, optimizer, views, step, args)
+        assert ours.item() == pytest.approx(loss.item(), rel=5e-6, abs=1e-6)
         metrics = byol.measure(online, optimizer, y, z, q, grad_norm, args)
-        norm = torch.cat([p.grad.flatten() for p in plain.parameters()]).norm()
-        stem = plain.encoder.conv1.weight.grad.norm().item()
         assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=0.02)
-        assert metrics["layers"]["stem"]["grad_norm"] == pytest.approx(stem, rel=0.05, abs=1e-8)
-        for p in plain.parameters():
-            p.grad *= min(1, (args.clip or math.inf) / norm)
-        for group in plain_optimizer.param_groups:
-            group.update(lr=args.lr / 2 * (1 + math.cos(math.pi * step / 20)), fused=None)
-        plain_optimizer.step()
-        tau = 1 - 0.002 * (1 + math.cos(math.pi * step / 20))
-        fast, slow = dict(plain.named_parameters()), dict(plain_target.named_parameters())
-        moved = {name: tau * slow[name] + (1 - tau) * fast[name] for name in slow}
-        torch.testing.assert_close(dict(target.named_parameters()), moved, rtol=1e-4, atol=1e-5)
-        assert loss.item() == pytest.approx(plain_loss.item(), rel=5e-6, abs=1e-6)
-        assert (flat(online) - flat(plain)).norm() < 2e-2 * (flat(plain) - before).norm()
+        stem = metrics["layers"]["stem"]["grad_norm"]
+        assert stem == pytest.approx(grads[0].norm().item(), rel=0.05, abs=1e-8)
+        wrong = torch.cat([(p - expected[name]).flatten() for name, p in named.items()]).norm()
+        assert wrong < 2e-2 * torch.cat([(p - old).flatten() for p, old in zip(named.values(), olds)]).norm()
+        for name, old in zip(named, olds):              # each layer moved, and moved right
+            step_length = (named[name] - old).norm()
+            assert (named[name] - expected[name]).norm() < 0.2 * step_length + 1e-7, name
+        tau = 1 - (1 - args.ema) * (1 + math.cos(math.pi * step / args.steps)) / 2
+        for slow, before, fast in zip(target.parameters(), plain.target.parameters(), online.parameters()):
+            torch.testing.assert_close(slow.detach(), (tau * before + (1 - tau) * fast).detach())
+        if args.loss == "moco":
+            keys = F.normalize(torch.cat([t1, t2]))
+            full = torch.cat([queue[: 32 * step], keys, queue[32 * step + 32 :]])
+            assert torch.allclose(target.queue, full, atol=1e-6)
 
 
 def test_amp_keeps_loss_and_metrics_in_fp32(shapes):
@@ -538,6 +655,42 @@ def test_linear_accuracy_is_scikit_learns():
     assert np.abs(weight.T.numpy() - theirs.coef_).max() < 1e-2
 
 
+def test_linear_accuracy_takes_what_people_have():
+    """Features with a graph, of any float type, inference tensors; labels of any whole type, (N,), (N, 1)."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat(40)
+    y = torch.randn(3, 8, generator=rng)[labels] + 0.9 * torch.randn(120, 8, generator=rng)
+    expected = byol.linear_accuracy(y[:60], labels[:60], y[60:], labels[60:])
+    assert 50 < expected < 100
+    def accuracy(y, labels):
+        return byol.linear_accuracy(y[:60], labels[:60], y[60:], labels[60:])
+    assert accuracy((y.clone().requires_grad_() * 1), labels) == expected
+    assert accuracy(y.double(), labels[:, None]) == accuracy(y.numpy(), labels.numpy()) == expected
+    assert accuracy(y.half(), labels) == pytest.approx(expected, abs=2)
+    for kind in (torch.uint8, torch.int16, torch.int32):
+        assert accuracy(y, labels.to(kind)) == expected
+    assert accuracy(y, labels * 10**7) == expected              # names of classes, not a count of them
+    with torch.inference_mode():
+        assert accuracy(y * 1, labels * 1) == expected
+    with torch.no_grad():
+        assert accuracy(y, labels) == expected
+    for bad in ((y, labels[:-1]), (y, F.one_hot(labels)), (y, labels.float()), (y, labels - 1), (y / 0, labels),
+                (y[0], labels)):
+        with pytest.raises(ValueError, match="labels|features"):
+            accuracy(*bad)
+    with pytest.raises(ValueError, match="shapes"):
+        byol.linear_accuracy(y, labels, y[:, :1], labels)
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn", "gn+ws", "none"])
+def test_encoders_can_be_traced(norm):
+    net = resnet_norms.resnet18(norm, 4, "cifar").eval()
+    x = torch.rand(2, 3, 16, 16)
+    layer1 = create_feature_extractor(net, ["layer1"])(x)["layer1"]
+    assert layer1.shape == (2, 4, 16, 16)               # the cifar stem keeps the size
+    assert torch.equal(torch.fx.symbolic_trace(net)(x), net(x))
+
+
 def test_linear_accuracy_does_not_read_rounding():
     """Of classes that stand well apart, `size` times as far as what all images share is long."""
     rng = torch.Generator().manual_seed(0)
@@ -550,7 +703,7 @@ def test_linear_accuracy_does_not_read_rounding():
     assert accuracy(tiny) == 10 and accuracy(tiny - common) > 80       # though there is enough left in fp32
 
 
-def test_evaluation_leaves_the_encoder_alone_and_sees_no_test_label(shapes):
+def test_evaluation_leaves_the_encoder_alone_and_sees_no_test_label(shapes, monkeypatch):
     encoder = resnet_norms.resnet18("bn", 4, "cifar")
     before = copy.deepcopy(encoder.state_dict())
     few = shapes._replace(train=shapes.train[::20], train_labels=shapes.train_labels[::20])
@@ -558,6 +711,13 @@ def test_evaluation_leaves_the_encoder_alone_and_sees_no_test_label(shapes):
     assert encoder.training and all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
     wrong = byol.evaluate(encoder, few._replace(test_labels=9 - shapes.test_labels), byol.parse_arguments([]))
     assert accuracy > 15 > wrong
+    resized = [TF.resize(images.float() / 255, 16, antialias=True) for images in (few.train, few.test)]
+    features = [encoder.eval()(TF.normalize(x, byol.MEAN, byol.STD)).detach() for x in resized]
+    seen = []
+    monkeypatch.setattr(byol, "linear_accuracy", lambda *given: seen.extend(given))
+    byol.evaluate(encoder, few, byol.parse_arguments([]))
+    torch.testing.assert_close([seen[0], seen[2]], features, rtol=1e-3, atol=1e-4)
+    assert torch.equal(seen[1], few.train_labels) and torch.equal(seen[3], few.test_labels)
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -624,12 +784,89 @@ def test_folder_is_decoded_once_and_again_when_it_changes(folder, tmp_path, caps
 
 def test_folder_of_mixed_sizes_and_modes(tmp_path):
     gray = Image.fromarray(np.full((30, 40), 102, np.uint8))
+    ramp = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
     pictures = [gray.convert(mode) for mode in ("L", "RGBA", "P", "RGB")]
     pictures.append(Image.fromarray(np.full((30, 40), 102 * 257, np.uint16)))             # 16 bits
     for split, (i, picture) in itertools.product(("train", "test"), enumerate(pictures)):
         save_image(tmp_path / split / f"c{i % 2}" / f"{i}.png", picture)
     images = load(f"folder:{tmp_path}", size=24)
     assert images.train.shape == (5, 3, 24, 24) and (images.train == 102).all()
+    turned = Image.Exif()
+    turned[0x0112] = 6                  # on its side, to be turned right by a viewer
+    save_image(tmp_path / "train" / "c1" / "9.png", ramp)
+    ramp.save(tmp_path / "train" / "c1" / "99.png", exif=turned)
+    *_, straight, upright = load(f"folder:{tmp_path}", size=24).train
+    for ours, theirs in ((straight, ramp), (upright, ramp.transpose(Image.Transpose.ROTATE_270))):
+        expected = TF.center_crop(TF.resize(theirs, 24), 24)
+        assert torch.equal(ours, TF.pil_to_tensor(expected))
+
+
+@pytest.mark.parametrize("white, kind, ending", [
+    (255, np.uint16, "png"), (4095, np.uint16, "png"), (65535, np.uint16, "png"), (255, np.int32, "tif"),
+    (1, np.float32, "tif"), (255, np.float32, "tif")])
+def test_deep_images_keep_their_contrast(white, kind, ending, tmp_path, capsys):
+    values = np.random.default_rng(0).random((4, 16, 16)) * white
+    values[:, 0, 0] = white
+    for split, (i, image) in itertools.product(("train", "test"), enumerate(values)):
+        save_image(tmp_path / split / f"c{i % 2}" / f"{i}.{ending}", Image.fromarray(image.astype(kind)))
+    images = load(f"folder:{tmp_path}", tmp_path)
+    expected = np.rint(values[[0, 2, 1, 3]].astype(kind) * (255 / white))
+    assert np.abs(images.train[:, 1].numpy() - expected).max() <= 1
+    assert f"{white} is white" in capsys.readouterr().out
+
+
+def test_images_that_cannot_be_learned_from_are_told(tmp_path, capsys):
+    noise = lambda: Image.fromarray(np.random.randint(0, 256, (16, 16, 3), dtype=np.uint8))
+    same = noise()
+    blank = lambda colour: lambda: Image.new("RGB", (16, 16), colour)
+    kinds = {"black": blank("black"), "single colour": blank("red"), "like the first": lambda: same, "": noise}
+    for words, draw in kinds.items():
+        root = tmp_path / (words or "noise")
+        for split, label, i in itertools.product(("train", "test"), ("a", "b"), range(3)):
+            save_image(root / split / label / f"{i}.png", draw())
+        for _ in range(2):              # decoded, and found decoded
+            load(f"folder:{root}", tmp_path)
+            output = capsys.readouterr().out
+            assert ("training images looked at are" in output) == bool(words) and words in output
+    values = np.full((16, 16), -3, np.int32)
+    save_image(tmp_path / "noise" / "train" / "a" / "9.tif", Image.fromarray(values))
+    assert "8 bits" in refused(capsys, 2, *TINY, "--data", f"folder:{tmp_path / 'noise'}")
+
+
+def test_what_counts_as_a_training_image(folder, tmp_path, capsys):
+    """Hidden files and folders, thumbnails, companions, what is no file do not; linked folders do, once."""
+    root = tmp_path / "images"
+    shutil.copytree(folder, root)
+    picture = min((folder / "train").rglob("*.png"))
+    hidden = [".0.png", "._0.png", ".ipynb_checkpoints/0.png", "@eaDir/0.png/THUMB_M.jpg", "__MACOSX/0.png"]
+    for name in hidden:
+        for place in ("train/class0", "train", "unlabeled"):
+            (root / place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, root / place / name)
+    (root / "train" / "class0" / "up").symlink_to(root, target_is_directory=True)
+    (root / "train" / "class0" / "lost.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(root / "train" / "class0" / "pipe.png")
+    shutil.move(root / "train" / "class1", tmp_path / "elsewhere")
+    (root / "train" / "class1").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    images = load(f"folder:{root}", tmp_path)
+    assert torch.equal(images.train, load(f"folder:{folder}", tmp_path).train)
+    assert f"{3 * len(hidden) + 2} files left out" in capsys.readouterr().out
+
+
+def test_large_squares_are_decoded_at_twice_the_size(tmp_path):
+    for split, label in itertools.product(("train", "test"), "ab"):
+        save_image(tmp_path / split / label / "0.png", Image.effect_noise((200, 200), 50))
+    assert load(f"folder:{tmp_path}", tmp_path).train.shape == (2, 3, 32, 32)
+    assert load(f"folder:{tmp_path}", tmp_path, size=100).train.shape == (2, 3, 200, 200)
+
+
+def test_damaged_decoded_images(folder, tmp_path, capsys):
+    load(f"folder:{folder}", tmp_path, size=16)
+    (path,) = (tmp_path / "decoded").glob("*.npy")
+    whole = path.read_bytes()
+    for content in (b"", whole[:1000], bytes(1000), whole[:128] + whole[128:-5000]):
+        path.write_bytes(content)
+        assert str(path) in refused(capsys, 1, *TINY, "--data", f"folder:{folder}", "--data-dir", tmp_path)
 
 
 def test_bad_folders(folder, tmp_path, capsys, monkeypatch):
@@ -640,7 +877,13 @@ def test_bad_folders(folder, tmp_path, capsys, monkeypatch):
         save_image(Path("few", path, "0.png"), blank)
     assert "classes" in refuse("few")
     save_image(Path("few/train/eel/0.png"), blank)
-    assert "classes" in refuse("few")
+    save_image(Path("few/test/Eel/0.png"), blank)
+    assert "in train alone eel; in test alone Eel" in refuse("few")
+    avif = io.BytesIO()
+    Image.effect_noise((48, 48), 50).save(avif, "AVIF")
+    Path("few/train/cat/7.jpg").write_bytes(avif.getvalue()[:300] + bytes(300))     # a download that stopped
+    shutil.move("few/test/Eel", "few/test/eel")
+    assert "7.jpg" in refuse("few")
     shutil.copytree(folder, "broken")
     broken = min(Path("broken/train").rglob("*.png"))
     whole = broken.read_bytes()
@@ -660,7 +903,9 @@ def test_bad_folders(folder, tmp_path, capsys, monkeypatch):
     "--enc-norm none --mlp-norm none --loss moco",
     "--loss moco --opt lars --epochs 1",
 ])
-def test_run_writes_what_it_promises(flags, tmp_path, capsys):
+def test_run_writes_what_it_promises(flags, tmp_path, capsys, monkeypatch):
+    built, build = [], byol.build
+    monkeypatch.setattr(byol, "build", lambda args: built.append(build(args)) or built[-1])
     flags = [*TINY, *flags.split()]
     flags += [] if "--epochs" in flags else ["--steps", "5", "--eval-every", "3"]
     a, b = tmp_path / "a", tmp_path / "b"
@@ -692,6 +937,9 @@ def test_run_writes_what_it_promises(flags, tmp_path, capsys):
     assert config["versions"]["torch"] == torch.__version__
     encoder = resnet_norms.resnet18(config["flags"]["enc_norm"], 4, "cifar")
     encoder.load_state_dict(torch.load(a / "encoder.pt", weights_only=True))
+    online, target, _ = built[0]
+    torch.testing.assert_close([*encoder.parameters()], [*online.encoder.parameters()], rtol=0, atol=0)
+    assert not torch.equal(encoder.conv1.weight, target.encoder.conv1.weight)
 
 
 def test_a_folder_is_named_by_what_differs_from_the_defaults():
@@ -729,7 +977,8 @@ def test_cut_off_and_resumed_is_never_cut_off(flags, tmp_path):
     checkpoint = (out / "checkpoint.pt").read_bytes()
     runs_out_of_room(250_000, "checkpoint.pt")
     assert (out / "checkpoint.pt").read_bytes() == checkpoint
-    assert Run(*flags, "--out", out).wait()[0] == 0
+    status, output = Run(*flags, "--out", out).wait()
+    assert status == 0 and f"of random features {log(out)[0]['accuracy']:.2f} %" in output.splitlines()[-2]
     assert same_run(straight, out) and len(os.listdir(out)) == 3
 
 
@@ -765,6 +1014,47 @@ def test_cut_off_runs_and_what_is_not_resumed(folder, tmp_path, capsys):
     assert "images" in refused(capsys, 2, *flags)
     config.unlink()
     assert "no config.json" in refused(capsys, 2, *flags)
+
+
+def test_what_does_not_forbid_a_run(tmp_path, capsys, monkeypatch):
+    """The shell's own log in --out, no locks, other threads, another machine's versions."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.txt").touch()
+    flags = [*TINY, *GN.split(), *"--steps 4 --out".split(), out]
+    monkeypatch.setattr(byol.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not implemented")))
+    main(*flags, "--threads", "1")
+    assert "no file locks here" in capsys.readouterr().out
+    monkeypatch.setattr(byol, "fcntl", None)            # Windows
+    threads = torch.get_num_threads()
+    config = json.loads((out / "config.json").read_text())
+    config["versions"]["torch"] = "1.0"
+    (out / "config.json").write_text(json.dumps(config))
+    main(*flags, "--threads", threads + 1)
+    torch.set_num_threads(threads)
+    assert "resumed with other versions, threads than before" in capsys.readouterr().out
+    resumed = json.loads((out / "config.json").read_text())["resumed"]
+    assert resumed["threads"] == threads + 1 and resumed["versions"]["torch"] == torch.__version__
+    code = "import sys; sys.modules['fcntl'] = None; from byol import collapse_metrics"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+
+@pytest.mark.parametrize("left, word", [
+    (dict(WORLD_SIZE="4"), "RANK"), (dict(WORLD_SIZE="x"), "RANK"), (dict(WORLD_SIZE="0"), "RANK"),
+    (dict(WORLD_SIZE="2", RANK="2"), "RANK is 2"), (dict(WORLD_SIZE="2", RANK="x"), "RANK is x"),
+    (dict(WORLD_SIZE="2", MASTER_PORT="99999"), "MASTER_PORT"),
+    (dict(WORLD_SIZE="2", MASTER_ADDR=""), "MASTER_ADDR"),
+    (dict(WORLD_SIZE="8"), "two images"), (dict(WORLD_SIZE="3"), "does not divide"),
+])
+def test_what_another_launcher_left(left, word, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(byol, "RANK", 0)
+    monkeypatch.setattr(byol, "WORLD", 1)
+    given = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
+    if word == "RANK":                  # by something else than torchrun
+        given = {}
+    for name, value in {**given, **left}.items():
+        monkeypatch.setenv(name, value)
+    assert word in refused(capsys, 2, *TINY, "--out", tmp_path)
 
 
 def test_out_of_memory(tmp_path):
@@ -837,9 +1127,11 @@ def test_run_all_is_clean_shell():
 def test_run_all_lists_and_runs_nothing(tmp_path):
     settings = dict(SEEDS="0 1", OUT=str(tmp_path / "out"), STEPS="7")
     output = run_all("--list", **settings).stdout
-    output += run_all("--list", "full", "why", "fashion", "wide", "blog", "map", **settings).stdout
+    output += run_all("--list", "tries", "full", "why", "fashion", "wide", "blog", "map", **settings).stdout
     commands = [shlex.split(line) for line in output.splitlines()]
     assert len(commands) == len({command[command.index("--out") + 1] for command in commands}) > 400
+    assert not any("@" in line for line in run_all("--list").stdout.splitlines())
+    assert "@" in run_all("--list", "C6").stdout and "@" not in run_all("--list", "C4").stdout
     first = f"OUT={tmp_path}/out bash run_all.sh --list why wide map | head -n 1"
     subprocess.run(["bash", "-c", first], cwd=HERE, check=True, timeout=60)
     assert not (tmp_path / "out").exists()
@@ -856,16 +1148,37 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
     for arguments in (["C9"], [".*"], [""], ["-x"], ["--", "--seed", "7"]):
         run = run_all(*arguments, "--list")
         assert run.stderr.startswith("run_all.sh: ") and run.returncode == 2
+    head = (HERE / "run_all.sh").read_text().split("\n\n")[0].splitlines()[1:]
+    assert run_all("--help").stdout == "".join(line[2:] + "\n" for line in head)
     for bad in ({"JOBS": "0x"}, {"JOBS": "0"}, {"STEPS": "08"}, {"SEEDS": "a"}, {"SEEDS": " "}):
         assert run_all("--list", **bad).returncode == 2
 
 
-def test_recorded_commands_are_those_of_run_all():
+def test_recorded_runs_are_those_of_run_all():
+    """Each committed run's command is one of run_all.sh's, its flags are what byol.py makes of it today."""
     settings = dict(SEEDS="0 1 2 3 4 10 11", DATA="folder:data/cifar10-jpeg", OUT="results/runs")
-    groups = [[], ["full", "why", "fashion", "wide", "map"]]
+    groups = [[], ["tries", "full", "why", "fashion", "wide", "map"]]
     listed = {line for words in groups for line in run_all("--list", *words, **settings).stdout.splitlines()}
-    configs = [json.loads(path.read_text()) for path in (HERE / "results" / "runs").glob("*/config.json")]
-    assert len(configs) > 500 and not {config["command"] for config in configs} - listed
+    paths = list((HERE / "results" / "runs").glob("*/config.json"))
+    assert len(paths) > 500
+    for path in paths:
+        config = json.loads(path.read_text())
+        assert config["command"] in listed
+        python, script, *words = shlex.split(config["command"])
+        flags = vars(byol.parse_arguments(words[script in ("results/harm.py", "results/clip.py") :]))
+        assert flags.pop("out") == f"results/runs/{path.parent.name}"
+        recorded = {name: config["flags"].get(name) for name in flags if name not in byol.NOT_THE_RUN}
+        assert recorded == {name: value for name, value in flags.items() if name not in byol.NOT_THE_RUN}
+
+
+def test_run_all_says_that_it_needs_gnus_tools(tmp_path):
+    """On macOS; here with a stand-in for BSD's xargs."""
+    (tmp_path / "xargs").write_text("#!/bin/sh\necho 'xargs: illegal option -- -' >&2; exit 1\n")
+    (tmp_path / "xargs").chmod(0o755)
+    python = Path(sys.executable).parent
+    own = {**os.environ, "PATH": f"{tmp_path}:{python}:{os.environ['PATH']}"}
+    run = subprocess.run(["bash", "run_all.sh", "C4"], cwd=HERE, text=True, capture_output=True, env=own)
+    assert run.returncode == 2 and "GNU xargs" in run.stderr and run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("visible", [{}, {"CUDA_VISIBLE_DEVICES": "4,7"}])
@@ -889,10 +1202,15 @@ def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
     (out / "gn-none-sgd-code-s0" / "encoder.pt").write_text("in the way")
     run = run_all(*arguments, **settings)
     assert run.returncode == 1 and "gn-none-sgd-paper-s0: step 6" in run.stdout
+    assert run.stdout.startswith("2 runs, 12 steps, 2 at a time.")
+    places = [line.split()[0] for line in run.stdout.splitlines() if line.startswith("[")]
+    assert places == ["[1/2]", "[2/2]"]
     assert run.stderr.startswith("failed:\ngn-none-sgd-code-s0 (exit status 2): byol.py: --out")
     shutil.rmtree(out / "gn-none-sgd-code-s0")
     run = run_all(*arguments, **settings)
     assert run.returncode == 0 and "gn-none-sgd-paper-s0: finished before" in run.stdout
+    assert re.search("^C4: GroupNorm, no MLP norm, SGD: .*(holds|no;)", run.stdout, re.M)
+    assert f"picture: {out}/report.png" in run.stdout
     steps = [line["step"] for line in log(out / "gn-none-sgd-code-s0")]
     assert steps.count(6) == 2          # trained and judged once
     element = run_all(*arguments, **settings, SLURM_ARRAY_TASK_ID="1")
@@ -934,7 +1252,8 @@ def test_killed_and_resumed_on_a_gpu(flags, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("flags, word", [
-    ("--widht 4", "--widht"), ("--enc-norm ln", "--enc-norm"), ("--opt adam", "--opt"), ("--clip 0", "--clip"),
+    ("--widht 4", "--widht"), ("--enc-norm ln", "--enc-norm"), ("--opt adam", "--opt"),
+    ("--clip 0", "--clip"),
     ("--width 5 --enc-norm gn", "width"),
     *((f"{flag} {value}", flag) for flag in "--width --size --batch-size --lr --log-every".split()
       for value in ("0", "-1", "x", "nan")),
@@ -945,6 +1264,7 @@ def test_killed_and_resumed_on_a_gpu(flags, tmp_path):
     ("--lars-layers layer1", "--lars-layers"), ("--lars-on all", "--lars-on"), ("--threads=--", "--threads"),
     ("--opt lars --lars-layers [", "--lars-layers"), ("--opt lars --lars-layers layer7", "layer7"),
     ("--lr-mult 1=2 --lr-mult 1=3", "twice"), ("--data folder:", "folder"),
+    ("--steps 1500 --epochs 1", "--epochs"),
     ("--lr-mult layer1", "--lr-mult"), ("--lr-mult layer7=2", "layer7"), ("--lr-mult (=2", "--lr-mult"),
     ("--data imagenet", "--data"), ("--data folder:/nowhere/at/all", "folder:/nowhere/at/all"),
     *((f"--data {data} --data-dir nowhere", "--download") for data in ("cifar10", "stl10", "fashion-mnist")),
@@ -957,6 +1277,7 @@ def test_wrong_usage(flags, word, capsys, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
     assert word in refused(capsys, 2, *flags.split(), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert "--out" in refused(capsys, 2, "--out", "")
 
 
 def test_a_diverged_run(tmp_path, capsys, monkeypatch):
@@ -1041,7 +1362,7 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path):
 
 
 def test_the_gradient_is_clipped_early_late_or_scaled(tmp_path, monkeypatch):
-    """By clip.py: up to STEP the log is that of a run that is clipped throughout, or never, and then it is not."""
+    """By clip.py: up to STEP the log is that of a run that is always clipped, or never, and then it is not."""
     flags = [*TINY, *GN.split(), *"--steps 6 --log-every 1 --out".split()]
     main(*flags, tmp_path / "never")
     main(*flags, tmp_path / "always", "--clip", "0.1")
@@ -1144,6 +1465,9 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
         return list(report.judge(report.load(tmp_path / folder), claim)[:3])
 
     assert fails and cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
+    accuracy = f"{float(holds.split(', ')[0].split()[1]):.1f}"
+    verdict = report.judge(report.load(tmp_path / "holds"), claim)
+    assert [verdict.accuracy, verdict.random] == [f"not run / {accuracy}", "20.0"]
     for i, runs in enumerate(fails):
         assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
     outcome = "holds in the paper's form" if claim == "D2" else "no; tried: nothing"

@@ -14,8 +14,11 @@ from collections import Counter, namedtuple
 from pathlib import Path
 from statistics import median
 
-from matplotlib import rcParams
-from matplotlib.figure import Figure
+try:
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit("report.py: pip install matplotlib, which draws its pictures")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from byol import collapse_state
