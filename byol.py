@@ -332,7 +332,8 @@ def find_images(root):
     found, left_out = [], 0
     for folder, inner, files in os.walk(root, followlinks=True, onerror=fail):
         images = [name for name in files if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
-        images = [name for name in images if not FOREIGN.match(name) and os.path.isfile(Path(folder, name))]
+        images = [name for name in images if not FOREIGN.match(name)]
+        images = [name for name in images if os.path.isfile(os.path.join(folder, name))]
         left_out += len(files) - len(images)
         found += [(folder, name) for name in images]
         here = Path(os.path.abspath(folder))

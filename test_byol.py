@@ -354,7 +354,7 @@ def test_copied_alone(name, code, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- views
 def plain_view(image, params, i, order, size):
-    """The view of `image`, (3, side, side) in [0, 1], by torchvision, with the ith of draw_views' parameters."""
+    """The view of `image`, (3, side, side) in [0, 1], by torchvision, from draw_views' ith parameters."""
     one = {name: values[i].item() for name, values in params.items()}
     place = [int(one[name]) for name in ("top", "left", "height", "width")]
     image = TF.resized_crop(image, *place, [size, size], antialias=True)
@@ -674,8 +674,8 @@ def test_linear_accuracy_takes_what_people_have():
         assert accuracy(y * 1, labels * 1) == expected
     with torch.no_grad():
         assert accuracy(y, labels) == expected
-    for bad in ((y, labels[:-1]), (y, F.one_hot(labels)), (y, labels.float()), (y, labels - 1), (y / 0, labels),
-                (y[0], labels)):
+    for bad in ((y, labels[:-1]), (y, F.one_hot(labels)), (y, labels.float()), (y, labels - 1),
+                (y / 0, labels), (y[0], labels)):
         with pytest.raises(ValueError, match="labels|features"):
             accuracy(*bad)
     with pytest.raises(ValueError, match="shapes"):
@@ -819,7 +819,8 @@ def test_images_that_cannot_be_learned_from_are_told(tmp_path, capsys):
     noise = lambda: Image.fromarray(np.random.randint(0, 256, (16, 16, 3), dtype=np.uint8))
     same = noise()
     blank = lambda colour: lambda: Image.new("RGB", (16, 16), colour)
-    kinds = {"black": blank("black"), "single colour": blank("red"), "like the first": lambda: same, "": noise}
+    alike = lambda: same
+    kinds = {"black": blank("black"), "single colour": blank("red"), "like the first": alike, "": noise}
     for words, draw in kinds.items():
         root = tmp_path / (words or "noise")
         for split, label, i in itertools.product(("train", "test"), ("a", "b"), range(3)):
@@ -1362,7 +1363,7 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path):
 
 
 def test_the_gradient_is_clipped_early_late_or_scaled(tmp_path, monkeypatch):
-    """By clip.py: up to STEP the log is that of a run that is always clipped, or never, and then it is not."""
+    """By clip.py: up to STEP the log is that of a run always clipped, or never, and then it is not."""
     flags = [*TINY, *GN.split(), *"--steps 6 --log-every 1 --out".split()]
     main(*flags, tmp_path / "never")
     main(*flags, tmp_path / "always", "--clip", "0.1")

@@ -577,7 +577,7 @@ FIGURES = {
             "no decay": "no-decay-code",
         }),
     "decay": Picture(
-        "GroupNorm with weight standardization under SGD: runs that learn and then collapse, and runs that do not",
+        "GroupNorm with weight standardization under SGD: runs that learn and then collapse, and others",
         ["distance", "length"], {
             "SGD 0.4, warm-up of 2,400 steps": "gnws-none-sgd@twice-the-rate-paper",
             "SGD 0.2, warm-up of 300": "gnws-none-sgd@warm-up-of-300-code",
