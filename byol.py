@@ -369,8 +369,8 @@ def open_folder(root):
         raise OSError(f"the classes differ: {'; '.join(differ)}")
     if len(train) < 2:
         endings = ", ".join(datasets.folder.IMG_EXTENSIONS)
-        raise OSError(f"train and test have images of {len(train)} classes, not of two or more, and {left_out} "
-                      f"other files; images end in {endings}")
+        raise OSError(f"train and test have images of {len(train)} classes, not of two or more, and "
+                      f"{left_out} other files; images end in {endings}")
     if left_out:
         print(f"{root}: {left_out} files left out: hidden, no images by name, or in no class's folder")
     names = sorted(train)

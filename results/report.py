@@ -470,7 +470,7 @@ def draw_scores(runs):
     return picture
 
 
-Map = namedtuple("Map", "title begin form flag axis")      # of the names of its runs; what it varies, in words
+Map = namedtuple("Map", "title begin form flag axis")      # beginning of its runs' names; the flag in words
 DECAY = "weight decay"
 MAPS = [
     Map("SGD, decay 1e-4", "map-warmup-", "code", "warmup", "warm-up, part of the run"),
