@@ -1564,20 +1564,35 @@ def test_readme_commands_run(folder, tmp_path, monkeypatch):
 
 
 def test_readme_snippets_run(folder, tmp_path, monkeypatch):
-    flags = "--enc-norm bn --width 64 --stem imagenet --batch-size 4 --steps 0 --out".split()
-    main("--data", f"folder:{folder}", *flags, tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "run")
+    """As pasted: in the folder of a default run, the probe on the features of its own encoder; torchvision's
+    network beside the encoder.pt of a run as it wants it."""
+    monkeypatch.chdir(tmp_path)
+    main(*TINY, "--data", f"folder:{folder}", "--steps", "2", "--out", "runs/default")
+    flags = "--enc-norm bn --width 64 --stem imagenet --batch-size 4 --steps 0 --out .".split()
+    main("--data", f"folder:{folder}", *flags)
     (line,) = log(".")
     assert line["step"] == 0 and line["state"] == "untrained"
+    images = load(f"folder:{folder}")
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    names = dict(torch=torch, torchvision=torchvision, model=model, state="untrained", first=0.5)
-    names["loss"] = model(torch.randn(4, 3)).sum()
-    names["images"] = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-    names |= {name: torch.randn(8, 16) for name in ("y1", "z1", "y2", "z2", "y_train", "y_test")}
-    names |= {name: torch.arange(8) % 2 for name in ("labels_train", "labels_test")}
+    names = dict(torch=torch, torchvision=torchvision, model=model, state="untrained", first=None)
+    names |= dict(loss=model(torch.randn(4, 3)).sum(), images=images.train[:40])
+    names |= {name: torch.randn(8, 16) for name in ("y1", "z1", "y2", "z2")}
+    names |= dict(labels_train=images.train_labels, labels_test=images.train_labels)
     blocks = (HERE / "README.md").read_text().split("\n\n")
-    blocks = [block for block in blocks if block.startswith(("    from", "    model"))]
+    code = re.compile(" {4,}(from|import|model|torch)")
+    blocks = [block for block in blocks if code.match(block)]
     for block in blocks:
         exec(textwrap.dedent(block), names)
-    assert len(blocks) == 6 and names["state"] == "healthy" and names["y"].shape == (8, 512)
+        if "flags" in names and "y_train" not in names:
+            assert names["y"].shape == (40, 32)
+            names.update(y_train=names["y"], y_test=names["y"])
+    assert len(blocks) == 7 and names["state"] == "healthy"
     assert names["model"].eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
+
+
+def test_readmes_first_table_is_the_pages():
+    rows = (HERE / "results" / "README.md").read_text().splitlines()
+    first = next(i for i, row in enumerate(rows) if row.startswith("| BN everywhere"))
+    table = list(itertools.takewhile(lambda row: row.startswith("|"), rows[first:]))
+    assert len(table) == len(report.REMEDIES)
+    assert "\n".join(table) in (HERE / "README.md").read_text()         # report.py makes it, README copies it

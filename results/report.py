@@ -399,24 +399,55 @@ PANELS = {  # what a panel shows: its axis and scale, and a run's value at a ste
                 lambda run, step: run.lines[step]["layers"]["prediction"]["max_over_rms"]),
 }
 LIMITS = {"common": COMMON, "length": LONG}
-# Okabe and Ito's, which the colour-blind can tell apart
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
-STYLES = list(itertools.product((".-", ".--", ".:"), COLOURS))
+# Okabe and Ito's, which the colour-blind can tell apart: one for each set-up in all figures of the page.
+COLOURS = {"BN everywhere": "#000000", "SGD": "#d55e00", "SGD, warm-up": "#e69f00", "SGD, clipped": "#0072b2",
+           "LARS on all": "#009e73", "LARS on weights": "#cc79a7", "AdamW": "#56b4e9", "script": "#999999"}
+STYLES = (".-", ".--", ".:", ".-.")
+
+
+def set_up(run):
+    """Which of COLOURS a run has."""
+    flags = run.flags
+    if flags["enc_norm"] == flags["proj_norm"] == "bn":
+        return "BN everywhere"
+    if not run.command.startswith("python byol.py"):
+        return "SGD, clipped" if flags.get("clip") else "script"
+    if flags["opt"] == "lars":
+        return f"LARS on {flags['lars_on']}"
+    if flags["opt"] == "adamw":
+        return "AdamW"
+    return "SGD, clipped" if flags.get("clip") else "SGD, warm-up" if flags["warmup"] else "SGD"
+
+
 rcParams.update({"axes.spines.right": False, "axes.spines.top": False, "figure.constrained_layout.use": True})
 rcParams.update({"font.size": 9, "legend.frameon": False, "savefig.dpi": 110})
 
 
+def looks(runs, names):
+    """{label: (colour, style)}: the colour of its set-up, and another style for each line that shares it."""
+    used, chosen = Counter(), {}
+    for label, name in names.items():
+        kind = set_up(seeds(runs, name)[0])
+        chosen[label] = COLOURS[kind], STYLES[used[kind] % len(STYLES)]
+        used[kind] += 1
+    return chosen
+
+
 def draw(runs, panels, names):
-    """Panels beside each other, and {label: NAME} as lines in each, a colour for each label."""
+    """Panels beside each other, and {label: NAME} as lines in each; a collapse is under the grey line."""
+    names = {label: name for label, name in names.items() if seeds(runs, name)}
     picture = Figure((6 + 2 * len(panels), 3.4 + 0.1 * len(names)))
-    lines = {}
+    lines, look_of = {}, looks(runs, names)
     for panel, place in picture.subplot_mosaic([panels]).items():
         text, scale, value = PANELS[panel]
-        for (style, colour), (label, name) in zip(itertools.cycle(STYLES), names.items()):
+        for label, name in names.items():
+            colour, style = look_of[label]
             for run in seeds(runs, name):
                 steps = list(run.scores if panel == "accuracy" else run.lines)
                 values = [value(run, step) for step in steps]
                 lines[label] = place.plot(steps, values, style, color=colour, lw=1.3, ms=3)[0]
+                if panel == "distance":
+                    place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
         place.set(xlabel="step", ylabel=text, xscale="linear" if panel == "accuracy" else "log", yscale=scale)
         if panel in LIMITS:
             place.axhline(LIMITS[panel], color="0.8", zorder=0)
@@ -441,7 +472,7 @@ def draw_claims(runs):
     for place, (claim, names) in zip(axes.flat, claims.items()):
         chosen = {"code's form": f"{names[0]}-code", "paper's form": f"{names[0]}-paper"}
         chosen["with what flips it"] = judge(runs, claim).flip
-        for (label, name), colour in zip(chosen.items(), COLOURS):
+        for (label, name), colour in zip(chosen.items(), ("#0072b2", "#d55e00", "#009e73")):
             for run in seeds(runs, name):
                 distances = [line["rep_dist"] for line in run.lines.values()]
                 lines[label] = place.loglog(list(run.lines), distances, color=colour, lw=1)[0]
@@ -459,8 +490,8 @@ def draw_scores(runs):
     """What each bare run's encoder scores over its own random features, against the run's last distance."""
     picture = Figure((8, 4))
     place = picture.subplots()
-    norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN"}
-    for (norm, label), colour in zip(norms.items(), COLOURS):
+    norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN", "none": "none"}
+    for (norm, label), colour in zip(norms.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
         chosen = [run for run in runs.values() if run.is_bare and run.flags["enc_norm"] == norm]
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
         place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
@@ -477,16 +508,17 @@ MAPS = [
     Map("SGD, warm-up over a tenth", "map-sgd-", "paper", "weight_decay", DECAY),
     Map("LARS on weights, warm-up over a tenth", "map-lars-", "paper", "weight_decay", DECAY),
     Map("LARS on all parameters, no warm-up", "map-lars-", "code", "weight_decay", DECAY),
+    Map("SGD, no warm-up, gradient clipped", r"map-clip-|map-warmup-[\d.]+-0-", "code", "clip", "norm clipped to"),
 ]
 
 
 def draw_map(place, runs, kind):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words unless healthy."""
-    names = [name for name in runs if re.fullmatch(rf"{kind.begin}.*-{kind.form}-s\d+", name)]
-    chosen = [runs[name] for name in names]
-    if not chosen:
-        sys.exit(f"report.py: {HERE / 'runs'} holds no finished run of {kind.begin}*-{kind.form}")
-    cells = {(run.flags[kind.flag], run.flags["lr"]): seeds(runs, run.name) for run in chosen}
+    names = [name for name in runs if re.fullmatch(rf"({kind.begin}).*{kind.form}-s\d+", name)]
+    cells = {}
+    for run in map(runs.get, names):
+        value = run.flags.get(kind.flag)
+        cells[math.inf if value is None else value, run.flags["lr"]] = seeds(runs, run.name)
     rows, columns = (sorted(set(values)) for values in zip(*cells))
     colours = [[math.nan] * len(columns) for _ in rows]
     for (row, column), group in cells.items():
@@ -499,15 +531,18 @@ def draw_map(place, runs, kind):
     place.set(title=kind.title, xlabel="rate", ylabel=kind.axis)
     place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
     labels = [f"{row:g}".replace("0.0001", "1e-4").replace("e-0", "e-") for row in rows]
-    place.set_yticks(range(len(rows)), labels)
+    place.set_yticks(range(len(rows)), [label.replace("inf", "none") for label in labels])
     return place.imshow(colours, cmap="viridis", vmin=-8, vmax=0, aspect="auto")
 
 
 def draw_maps(runs):
     picture = Figure((10, 3.2 * math.ceil(len(MAPS) / 2)))
     axes = picture.subplots(math.ceil(len(MAPS) / 2), 2)
-    for place, kind in zip(axes.flat, MAPS):
-        image = draw_map(place, runs, kind)
+    for place, kind in itertools.zip_longest(axes.flat, MAPS):
+        if kind is None:
+            place.axis("off")
+        else:
+            image = draw_map(place, runs, kind)
     picture.colorbar(image, ax=axes, extend="min", label="log10 of the last distance")
     return picture
 
@@ -518,9 +553,21 @@ FIGURES = {
     "summary": Picture("Control, collapse, and what keeps it up", ["distance"], {
         "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
         "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
+        "GroupNorm, no MLP norm, SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
+        "no norm anywhere, SGD 0.2, clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
         "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
         "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
     }),
+    "clip": Picture(
+        "What clipping does: the norm of the gradient, the length of q (grey: 100), the distance",
+        ["gradient", "length", "distance"], {
+            "SGD 0.8": "gn-none-sgd-code",
+            "SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
+            "SGD 0.2, clipped before step 600 only": "clip-early-code",
+            "SGD 0.2, clipped from step 600 on only": "clip-late-code",
+            "LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
+            "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
+        }),
     "claims": Picture(
         "The distances behind the verdicts: each line a run of the first configuration that the claim names "
         "(C6, green: of the second); collapsed: below the grey", draw_claims, {}),
@@ -570,7 +617,8 @@ FIGURES = {
         "What each encoder gains by training without an MLP norm, collapsed on the left, not on the right",
         draw_scores, {}),
     "maps": Picture(
-        "The last distance by rate and warm-up (one map), and by rate and decay (three)", draw_maps, {}),
+        "The last distance by rate and warm-up, rate and decay (three maps), rate and clip; no word: healthy",
+        draw_maps, {}),
     "weights": Picture(
         "D1 with a warm-up of 300 steps, with its weight decay and without", ["distance", "largest"], {
             "decay 1e-5": "gn-none-sgd-wd1e-5@warm-up-of-300-code",
@@ -586,6 +634,19 @@ FIGURES = {
         }),
 }
 
+
+# The first table of page and README: what keeps BYOL up, and what does not.
+REMEDIES = {
+    "BN everywhere, SGD 0.8 (control)": "bn-bn-sgd-code",
+    "GroupNorm, BN in the MLPs, SGD 0.8": "gn-bn-sgd-code",
+    "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
+    "the same, SGD 0.2, gradient clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
+    "the same, SGD 0.8, gradient clipped to 0.1": "gn-none-sgd-0.8-clip-0.1-code",
+    "the same, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
+    "no norm anywhere, SGD 0.2": "none-none-sgd-0.2-code",
+    "the same, gradient clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
+    "no norm anywhere, LARS 0.2 on weights, warm-up": "none-none-lars-0.2-paper",
+}
 
 # ------------------------------------------------------------------------ any folder of runs
 def table(header, rows):
@@ -676,6 +737,17 @@ def count(name, runs, has):
     return table(["seeds", name, *states], rows)
 
 
+def remedies(runs):
+    """A table: how the runs of REMEDIES ended, and what they score."""
+    rows = []
+    for label, name in REMEDIES.items():
+        group = seeds(runs, name)
+        states = Counter(run.state for run in group)
+        ends = [f"{states[state]} of {len(group)}" for state in ("collapsed", "recovered")]
+        rows.append([label, *ends, fact(group, "accuracy"), fact(group, "random")])
+    return table(["norms, optimizer", "collapsed", "recovered", "accuracy %", "random features %"], rows)
+
+
 def figure(runs, name):
     """Draw it; returns its Markdown."""
     title, panels, names = FIGURES[name]
@@ -701,6 +773,7 @@ def facts_of(runs):
         "first steps": count("warning", bare, lambda run: run in long or run.lines[64]["live"][-1] == 0),
         "long ones collapsed": fact(long, "collapsed"),
         "early sign": count("sign", [run for run in bare if run.collapses], announced),
+        "remedies": remedies(runs),
         "verdicts": table([*header, "accuracy %, code's / paper's", "random %"], rows),
         "claims that hold": outcomes["holds"],
         "claims that flip": outcomes["no; with"],
