@@ -1210,7 +1210,7 @@ def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
     shutil.rmtree(out / "gn-none-sgd-code-s0")
     run = run_all(*arguments, **settings)
     assert run.returncode == 0 and "gn-none-sgd-paper-s0: finished before" in run.stdout
-    assert re.search("^C4: GroupNorm, no MLP norm, SGD: .*(holds|no;)", run.stdout, re.M)
+    assert re.search("^C4: GroupNorm, no MLP norm, SGD: .*(yes|no) .code's form", run.stdout, re.M)
     assert f"picture: {out}/report.png" in run.stdout
     steps = [line["step"] for line in log(out / "gn-none-sgd-code-s0")]
     assert steps.count(6) == 2          # trained and judged once
@@ -1437,7 +1437,7 @@ def write_run(folder, ending, run, lr=0.2):
     out = folder / (name + ending)
     out.mkdir(parents=True)
     flags = dict(steps=100, seed=int(ending.rpartition("s")[2] or 0), lr=lr, weight_decay=1e-4, warmup=0.1)
-    flags |= dict(enc_norm="gn", proj_norm="none", pred_norm="none", loss="byol", opt="lars")
+    flags |= dict(enc_norm="gn", proj_norm="none", pred_norm="none", loss="byol", opt="lars", lars_on="all")
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command="python byol.py", cpu="C")))
     lines = [dict(step=0, accuracy=20, state="untrained")]
     for step, distance in enumerate(DISTANCES[distances], 1):
@@ -1459,38 +1459,39 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
     rows = [row.split(maxsplit=1) for row in EVIDENCE.strip().splitlines()]
     holds, *fails = next(runs for claims, runs in rows if claim in claims.split(",")).split(" | ")
 
-    def cells(folder, *seeds, switch=""):
+    def verdict(folder, *seeds, switch=""):
         for seed, runs in enumerate(seeds):
             for name, values in zip(report.CLAIMS[claim].names, runs.split(", "), strict=True):
                 write_run(tmp_path / folder, f"-paper-s{seed}", f"{name}{switch} {values}")
-        return list(report.judge(report.load(tmp_path / folder), claim)[:3])
+        return report.judge(report.load(tmp_path / folder), claim)
 
-    assert fails and cells("holds", holds) == ["not run", "1 of 1", "holds in the paper's form"]
+    yes = "trivially" if claim in report.TRIVIAL else "yes"
     accuracy = f"{float(holds.split(', ')[0].split()[1]):.1f}"
-    verdict = report.judge(report.load(tmp_path / "holds"), claim)
-    assert [verdict.accuracy, verdict.random] == [f"not run / {accuracy}", "20.0"]
+    assert fails and verdict("holds", holds)[:6] == ("not run", "1 of 1", yes, "", accuracy, "20.0")
     for i, runs in enumerate(fails):
-        assert cells(f"fails{i}", runs) == ["not run", "0 of 1", "no; tried: nothing"]
-    outcome = "holds in the paper's form" if claim == "D2" else "no; tried: nothing"
-    assert cells("several", fails[0], holds, fails[0]) == ["not run", "1 of 3", outcome]
-    flips = "no; with half the rate in the paper's form: yes (1 of 1), of 1 switches run"
-    assert cells("fails0", holds, switch="@half-the-rate")[2] == flips
-    flips = "no; with twice the rate in the paper's form: yes (2 of 2), of 2 switches run"  # in more seeds
-    assert cells("fails0", holds, holds, switch="@twice-the-rate")[2] == flips
+        assert verdict(f"fails{i}", runs)[:4] == ("not run", "0 of 1", "no", "none of 0 tried")
+    outcome = (yes, "") if claim == "D2" else ("no", "none of 0 tried")
+    assert verdict("several", fails[0], holds, fails[0])[:4] == ("not run", "1 of 3", *outcome)
+    flips = "half the rate, paper's form: 1 of 1; of 1 tried"
+    assert verdict("fails0", holds, switch="@half-the-rate")[2:4] == ("changed", flips)
+    flips = "twice the rate, paper's form: 2 of 2; of 2 tried"                  # tried in more seeds
+    assert verdict("fails0", holds, holds, switch="@twice-the-rate")[2:4] == ("changed", flips)
+    tried = report.tried(report.load(tmp_path / "fails0"), claim)
+    assert tried == "paper's form: half the rate (1 of 1), twice the rate (2 of 2)"
     for line in run_all("--list", claim).stdout.splitlines():
         write_run(tmp_path / "listed", "", f"{Path(shlex.split(line)[-1]).name} healthy 40")
-    assert cells("listed")[2] != "not run"          # run_all.sh's own lines are enough for the rule
+    assert verdict("listed").outcome != "not run"   # run_all.sh's own lines are enough for the rule
 
 
 @pytest.mark.parametrize("learning, outcome", [
-    ({}, "holds"),
-    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "none-none-sgd-0.2-clip-0.1-code": 3}, "holds"),      # one rate
-    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-adamw-1e-3-paper": 3}, "holds"),     # one rate of each
-    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-sgd-0.8-clip-0.1-code": 1}, "holds"),
+    ({}, ""),
+    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "none-none-sgd-0.2-clip-0.1-code": 3}, ""),           # one rate
+    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-adamw-1e-3-paper": 3}, ""),          # one rate of each
+    ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-sgd-0.8-clip-0.1-code": 1}, ""),
     ({"gn-none-sgd-0.2-clip-0.1-code": 3, "gn-none-sgd-0.8-clip-0.1-code": 2},
-     "no; clipped SGD learns at 0.2 (3 of 3), 0.8 (2 of 3)"),
+     "refuted: clipped SGD learns at 0.2 (3 of 3), 0.8 (2 of 3)"),
     ({"gn-none-adamw-1e-3-paper": 2, "gn-none-adamw-3e-4-code": 3},
-     "no; AdamW learns at 0.0003 (3 of 3), 0.001 (2 of 3)"),
+     "refuted: AdamW learns at 0.0003 (3 of 3), 0.001 (2 of 3)"),
 ])
 def test_lars_alone_can_hold_and_be_refuted(learning, outcome, tmp_path):
     names = itertools.chain(*report.NOT_LAYERWISE.values())
@@ -1499,7 +1500,8 @@ def test_lars_alone_can_hold_and_be_refuted(learning, outcome, tmp_path):
         learns = seed < learning.get(f"{name}-{form}", 0)
         run = "healthy 22" if learns else ["healthy 21", "down 30"][seed % 2]
         write_run(tmp_path, f"-{form}-s{seed}", f"{name} {run}", lr)
-    assert report.judge(report.load(tmp_path), "D11").outcome == outcome
+    verdict = report.judge(report.load(tmp_path), "D11")
+    assert (verdict.outcome, verdict.flipped_by) == ("no" if outcome else "yes", outcome)
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
@@ -1524,19 +1526,23 @@ def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
 
 
 def test_the_studys_page_is_what_the_logs_say(tmp_path, monkeypatch):
-    """results/README.md is, to the byte, what report.py makes of results/runs and notes.md, and the pictures
-    come alike each time."""
+    """results/README.md and the list of runs are, to the byte, what report.py makes of results/runs and
+    notes.md, and the pictures come alike each time."""
     monkeypatch.setattr(report, "HERE", tmp_path)
-    (tmp_path / "runs").symlink_to(HERE / "results" / "runs")
-    shutil.copy(HERE / "results" / "notes.md", tmp_path)
+    committed, runs = HERE / "results", tmp_path / "runs"
+    runs.mkdir()                        # a link to the whole would have the list written through it
+    for run in (path for path in (committed / "runs").iterdir() if path.is_dir()):
+        (runs / run.name).symlink_to(run)
+    shutil.copy(committed / "notes.md", tmp_path)
     report.main([])
     pictures = {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     report.main([])
     assert pictures == {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert (tmp_path / "README.md").read_text() == (HERE / "results" / "README.md").read_text()
-    assert sorted(os.listdir(tmp_path / "figures")) == sorted(os.listdir(HERE / "results" / "figures"))
-    (tmp_path / "runs").unlink()
-    write_run(tmp_path / "runs", "", "bn-none-sgd-long-code-s0 down 20")
+    for name in ("README.md", "runs/README.md"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text()
+    assert sorted(os.listdir(tmp_path / "figures")) == sorted(os.listdir(committed / "figures"))
+    shutil.rmtree(runs)
+    write_run(runs, "", "bn-none-sgd-long-code-s0 down 20")
     with pytest.raises(SystemExit, match="no finished run of bn-none-lars-code"):
         report.main([])
 

@@ -222,6 +222,7 @@ def gains_half_of_the_control(run, control):
 
 
 GN, LONG_RUN = "GroupNorm, no MLP norm", "24,000 steps"
+TRIVIAL = ("D3", "D8", "B5")        # hold trivially where they hold; the page says why
 Claim = namedtuple("Claim", "words rule names")     # the table shows the accuracy of the first of names
 CLAIMS = {
     "C1": Claim(f"BN in the encoder only, SGD, {LONG_RUN}: collapses, recovers later with a rising loss",
@@ -279,21 +280,23 @@ NOT_LAYERWISE = {
 }
 
 # ------------------------------------------------------------------------ verdicts
-# code, paper: what was found in each form. outcome: whether the claim holds, or the switch that flips it, or
-# what was tried. accuracy of each form, random features. flip: the NAME that flips it.
-Verdict = namedtuple("Verdict", "code paper outcome accuracy random flip")
+# code, paper: in how many seeds it holds in each form. outcome: whether it does, in words; flipped_by: what
+# makes it hold; accuracy: of the better form; random: of random features. flip: the NAME that flips it.
+Verdict = namedtuple("Verdict", "code paper outcome flipped_by accuracy random flip")
 
 
 def answers_of(runs, claim):
     """{NAME: [whether the claim holds] for each seed} of all that was run; NAME is that of the first run with
-    the switch. A configuration that was not run with the switch is taken without it."""
+    the switch. A configuration that was not run with the switch is taken without it; the first must have
+    been, but for a claim of two, whose control may be what is changed."""
     _, rule, names = CLAIMS[claim]
     answers = {}
     for switch, form, seed in sorted({match.groups("") for match in map(NAME.fullmatch, runs) if match}):
         end = f"-{form}-s{seed}"
         changed = [name for name in names if name + switch + end in runs]
         found = [runs.get(name + switch + end) or runs.get(name + end) for name in names]
-        if changed and all(found):
+        is_of_claim = changed and (changed[0] == names[0] or len(names) == 2)
+        if is_of_claim and all(found):
             answers.setdefault(f"{changed[0]}{switch}-{form}", []).append(bool(rule(*found)))
     return answers
 
@@ -305,12 +308,12 @@ def in_words(runs, claim, name):
     return words if main == CLAIMS[claim].names[0] else f"{words} for {in_short(runs, name)} alone"
 
 
-def tried(runs, claim, counts):
-    """All switches that were run for a claim, by form, with their counts."""
-    tries = {name: f"{in_words(runs, claim, name)} ({n})" for name, n in counts.items() if "@" in name}
+def tried(runs, claim):
+    """All switches that were run for a claim, by form, with the seeds in which it then holds."""
+    answers = {name: answer for name, answer in answers_of(runs, claim).items() if "@" in name}
+    tries = {name: f"{in_words(runs, claim, name)} ({sum(a)} of {len(a)})" for name, a in answers.items()}
     by_form = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
-    listed = [f"{words} in the {form}'s form" for form, words in by_form.items() if words]
-    return "; ".join(listed).replace(" (0 of 1)", "")
+    return "; ".join(f"{form}'s form: {words}" for form, words in by_form.items() if words) or "nothing"
 
 
 def judge(runs, claim):
@@ -323,23 +326,22 @@ def judge(runs, claim):
     counts = {name: f"{sum(answer)} of {len(answer)}" for name, answer in answers.items()}
     enough = 0 if claim == "D2" else 0.5                        # D2 says `at times`
     held = {name: len(answer) for name, answer in answers.items() if sum(answer) > enough * len(answer)}
-    forms = [f"the {form}'s" for form, name in zip(FORMS, written) if name in held]
-    flip = None if forms else max(held, key=held.get, default=None)
+    in_forms = [name for name in written if name in held]
+    flip = None if in_forms else max(held, key=held.get, default=None)
     n_tries = sum("@" in name for name in counts)
+    outcome, flipped_by = "no", f"none of {n_tries} tried"
     if not answers.keys() & set(written):
-        outcome = "not run"
-    elif forms:
-        outcome = f"holds in {' and '.join(forms)} form"
+        outcome, flipped_by = "not run", ""
+    elif in_forms:
+        outcome, flipped_by = "trivially" if claim in TRIVIAL else "yes", ""
     elif flip:
-        form = flip.rpartition("-")[2]
-        outcome = f"no; with {in_words(runs, claim, flip)} in the {form}'s form: yes ({counts[flip]})"
-        outcome += f", of {n_tries} switches run"
-    else:
-        outcome = f"no; tried: {tried(runs, claim, counts) or 'nothing'}"
-    groups = [seeds(runs, name) for name in written]
-    accuracy = " / ".join(fact(group, "accuracy") for group in groups)
+        outcome = "changed"
+        flipped_by = f"{in_words(runs, claim, flip)}, {flip.rpartition('-')[2]}'s form: {counts[flip]}"
+        flipped_by += f"; of {n_tries} tried"
+    groups = [group for name in written if (group := seeds(runs, name))]
+    best = max(groups, key=lambda group: median(run.accuracy for run in group), default=[])
     code, paper = (counts.get(name, "not run") for name in written)
-    return Verdict(code, paper, outcome, accuracy, fact(sum(groups, []), "random"), flip)
+    return Verdict(code, paper, outcome, flipped_by, fact(best, "accuracy"), fact(best, "random"), flip)
 
 
 def rates_that_learn(runs, names):
@@ -359,8 +361,6 @@ def judge_lars_alone(runs):
     refutes the claim."""
     names = {(what, form): [f"{name}-{form}" for name in mains]
              for form in FORMS for what, mains in NOT_LAYERWISE.items()}
-    groups = {form: [run for (_, other), found in names.items() for name in found if other == form
-                     for run in seeds(runs, name)] for form in FORMS}
     code, paper = (", ".join(f"{what} at {len(rates_that_learn(runs, names[what, form]))} rates"
                              for what in NOT_LAYERWISE) for form in FORMS)
     refuting = []
@@ -368,11 +368,12 @@ def judge_lars_alone(runs):
         rates = rates_that_learn(runs, [name for form in FORMS for name in names[what, form]])
         if len(rates) > 1:
             where = ", ".join(f"{rate:g} ({count})" for rate, count in sorted(rates.items()))
-            refuting.append(f"{what} learns at {where}")
-    ran = sum(groups.values(), [])
-    outcome = f"no; {'; '.join(refuting)}" if refuting else "holds" if ran else "not run"
-    accuracy = " / ".join(fact(group, "accuracy") for group in groups.values())
-    return Verdict(code, paper, outcome, accuracy, fact(ran, "random"), None)
+            refuting.append(f"refuted: {what} learns at {where}")
+    groups = [group for found in names.values() for name in found if (group := seeds(runs, name))]
+    best = max(groups, key=lambda group: median(run.accuracy for run in group), default=[])
+    outcome = "no" if refuting else "yes" if groups else "not run"
+    scores = fact(best, "accuracy"), fact(best, "random")
+    return Verdict(code, paper, outcome, "; ".join(refuting), *scores, flip=None)
 
 
 # ------------------------------------------------------------------------ pictures
@@ -508,7 +509,7 @@ MAPS = [
     Map("SGD, warm-up over a tenth", "map-sgd-", "paper", "weight_decay", DECAY),
     Map("LARS on weights, warm-up over a tenth", "map-lars-", "paper", "weight_decay", DECAY),
     Map("LARS on all parameters, no warm-up", "map-lars-", "code", "weight_decay", DECAY),
-    Map("SGD, no warm-up, gradient clipped", r"map-clip-|map-warmup-[\d.]+-0-", "code", "clip", "norm clipped to"),
+    Map("SGD, no warm-up, gradient clipped", r"map-clip-|map-warmup-[\d.]+-0-", "code", "clip", "clipped to"),
 ]
 
 
@@ -671,7 +672,8 @@ def look(folder):
     verdicts = [(claim, judge(finished, claim)) for claim in CLAIMS]
     for claim, verdict in verdicts:
         if verdict.outcome != "not run":
-            print(f"{claim}: {CLAIMS[claim].words}: {verdict.outcome}")
+            holds = f"{verdict.outcome} (code's form {verdict.code}, paper's {verdict.paper})"
+            print(f"{claim}: {CLAIMS[claim].words}: {holds} {verdict.flipped_by}".rstrip())
     lars = any(run.flags["opt"] == "lars" for run in runs.values())
     panels = ["distance", "loss", "accuracy"] + ["rate"] * lars
     draw(runs, panels, {name: name for name in runs}).savefig(folder / "report.png")
@@ -760,25 +762,37 @@ def facts_of(runs):
     """{what {{...}} in notes.md says: its text}, but for figures and the facts of one name."""
     bare = list({str(run.flags): run for run in runs.values() if run.is_bare}.values())     # maps share some
     long = [run for run in bare if run.lines[64]["q_norm"] > LONG]
-    groups = {run.name: seeds(runs, run.name) for run in runs.values()}
-    every = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
     verdicts = {claim: judge(runs, claim) for claim in CLAIMS}
-    begins = re.compile("holds|no; with|no;|not run")
-    outcomes = Counter(begins.match(verdict.outcome)[0] for verdict in verdicts.values())
+    outcomes = Counter(verdict.outcome for verdict in verdicts.values())
     rows = [[claim, CLAIMS[claim].words, *verdict[:-1]] for claim, verdict in verdicts.items()]
-    header = ["id", "claim", "code's form", "paper's form", "as written"]
+    header = ["id", "claim", "code's form", "paper's form", "holds", "flipped by", "accuracy %", "random %"]
+    not_as_written = [claim for claim, verdict in verdicts.items() if verdict.outcome in ("changed", "no")]
+    tries = [f"- *{claim}*, {tried(runs, claim)}.\n" for claim in not_as_written if CLAIMS[claim].names]
     return {
-        "runs": table(["runs", "ended (seeds), accuracy", "command of one seed"], every),
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
         "first steps": count("warning", bare, lambda run: run in long or run.lines[64]["live"][-1] == 0),
         "long ones collapsed": fact(long, "collapsed"),
         "early sign": count("sign", [run for run in bare if run.collapses], announced),
         "remedies": remedies(runs),
-        "verdicts": table([*header, "accuracy %, code's / paper's", "random %"], rows),
-        "claims that hold": outcomes["holds"],
-        "claims that flip": outcomes["no; with"],
-        "claims that do not": outcomes["no;"],
+        "verdicts": table(header, rows),
+        "tries": "".join(tries),
+        "claims that hold": outcomes["yes"] + outcomes["trivially"],
+        "claims that flip": outcomes["changed"],
+        "claims that do not": outcomes["no"],
     }
+
+
+def list_of_runs(runs):
+    """What results/runs/README.md holds: every configuration, how its runs ended, the command of one."""
+    groups = {run.name: seeds(runs, run.name) for run in runs.values()}
+    rows = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
+    head = """# Every run of the study
+
+`bash run_all.sh --list` prints the commands, `python results/report.py` makes this list. On the same kind
+of processor a log comes again bit for bit but for `images_per_s`.
+
+"""
+    return head + table(["runs", "ended (seeds), accuracy", "command of one seed"], rows)
 
 
 def page(text, runs):
@@ -807,6 +821,7 @@ def main(folders):
             sys.exit(f"report.py: {HERE / 'runs'} holds no finished run of {lacking[0]}-code")
         (HERE / "figures").mkdir(exist_ok=True)
         (HERE / "README.md").write_text(page((HERE / "notes.md").read_text(), finished))
+        (HERE / "runs" / "README.md").write_text(list_of_runs(finished))
         print(f"{HERE / 'README.md'}: {len(finished)} finished runs")
 
 
