@@ -113,6 +113,7 @@ tries,D1,D4 gn-none-sgd-wd1e-5@warm-up-of-600-code 24000 $GN --lr 0.2 --weight-d
 tries,D5 gnws-none-sgd@warm-up-of-600-code 24000 $WS --lr 0.2 --warmup 0.025
 full gn-none-sgd-wd1e-5@the-original-length 131200 $GN --lr 0.2 --weight-decay 1e-5
 full gnws-none-sgd@the-original-length 131200 $WS --lr 0.2
+why            gn-none-sgd-0.2-code    6000    $GN --lr 0.2
 why            none-none-sgd-0.2-code  6000    $NONE --lr 0.2
 why            none-none-lars-0.2-paper 6000   $NONE $LARS --lr 0.2
 why            clip-early-code         6000    results/clip.py early $GN --lr 0.2 --clip 0.1 --batch-size 32
