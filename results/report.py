@@ -281,7 +281,8 @@ NOT_LAYERWISE = {
 
 # ------------------------------------------------------------------------ verdicts
 # code, paper: in how many seeds it holds in each form. outcome: whether it does, in words; flipped_by: what
-# makes it hold; accuracy: of the better form; random: of random features. flip: the NAME that flips it.
+# makes it hold; accuracy: of the better form of those in which it holds, if it does; random: of random
+# features. flip: the NAME that flips it.
 Verdict = namedtuple("Verdict", "code paper outcome flipped_by accuracy random flip")
 
 
@@ -338,7 +339,7 @@ def judge(runs, claim):
         outcome = "changed"
         flipped_by = f"{in_words(runs, claim, flip)}, {flip.rpartition('-')[2]}'s form: {counts[flip]}"
         flipped_by += f"; of {n_tries} tried"
-    groups = [group for name in written if (group := seeds(runs, name))]
+    groups = [group for name in in_forms or written if (group := seeds(runs, name))]
     best = max(groups, key=lambda group: median(run.accuracy for run in group), default=[])
     code, paper = (counts.get(name, "not run") for name in written)
     return Verdict(code, paper, outcome, flipped_by, fact(best, "accuracy"), fact(best, "random"), flip)
@@ -361,8 +362,11 @@ def judge_lars_alone(runs):
     refutes the claim."""
     names = {(what, form): [f"{name}-{form}" for name in mains]
              for form in FORMS for what, mains in NOT_LAYERWISE.items()}
-    code, paper = (", ".join(f"{what} at {len(rates_that_learn(runs, names[what, form]))} rates"
-                             for what in NOT_LAYERWISE) for form in FORMS)
+    def rates_in(form):
+        ran = [what for what in NOT_LAYERWISE if any(seeds(runs, name) for name in names[what, form])]
+        counts = {what: len(rates_that_learn(runs, names[what, form])) for what in ran}
+        return ", ".join(f"{what} at {n} rates" for what, n in counts.items()) or "not run"
+
     refuting = []
     for what in NOT_LAYERWISE:
         rates = rates_that_learn(runs, [name for form in FORMS for name in names[what, form]])
@@ -373,7 +377,7 @@ def judge_lars_alone(runs):
     best = max(groups, key=lambda group: median(run.accuracy for run in group), default=[])
     outcome = "no" if refuting else "yes" if groups else "not run"
     scores = fact(best, "accuracy"), fact(best, "random")
-    return Verdict(code, paper, outcome, "; ".join(refuting), *scores, flip=None)
+    return Verdict(*map(rates_in, FORMS), outcome, "; ".join(refuting), *scores, flip=None)
 
 
 # ------------------------------------------------------------------------ pictures
@@ -403,7 +407,7 @@ LIMITS = {"common": COMMON, "length": LONG}
 # Okabe and Ito's, which the colour-blind can tell apart: one for each set-up in all figures of the page.
 COLOURS = {"BN everywhere": "#000000", "SGD": "#d55e00", "SGD, warm-up": "#e69f00", "SGD, clipped": "#0072b2",
            "LARS on all": "#009e73", "LARS on weights": "#cc79a7", "AdamW": "#56b4e9", "script": "#999999"}
-STYLES = (".-", ".--", ".:", ".-.")
+STYLES = ("-", "--", ":", "-.")
 
 
 def set_up(run):
@@ -446,7 +450,7 @@ def draw(runs, panels, names):
             for run in seeds(runs, name):
                 steps = list(run.scores if panel == "accuracy" else run.lines)
                 values = [value(run, step) for step in steps]
-                lines[label] = place.plot(steps, values, style, color=colour, lw=1.3, ms=3)[0]
+                lines[label] = place.plot(steps, values, style, color=colour, lw=1.3)[0]
                 if panel == "distance":
                     place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
         place.set(xlabel="step", ylabel=text, xscale="linear" if panel == "accuracy" else "log", yscale=scale)
@@ -473,10 +477,11 @@ def draw_claims(runs):
     for place, (claim, names) in zip(axes.flat, claims.items()):
         chosen = {"code's form": f"{names[0]}-code", "paper's form": f"{names[0]}-paper"}
         chosen["with what flips it"] = judge(runs, claim).flip
-        for (label, name), colour in zip(chosen.items(), ("#0072b2", "#d55e00", "#009e73")):
+        for (label, name), style in zip(chosen.items(), ("-", ":", "--")):
+            colour = {"-": "#0072b2", ":": "#d55e00", "--": "#000000"}[style]
             for run in seeds(runs, name):
                 distances = [line["rep_dist"] for line in run.lines.values()]
-                lines[label] = place.loglog(list(run.lines), distances, color=colour, lw=1)[0]
+                lines[label] = place.loglog(list(run.lines), distances, style, color=colour, lw=1)[0]
                 place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
         place.set(ylim=(1e-12, 2), title=f"{claim}: {in_short(runs, names[0] + '-code')}")
     axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
@@ -551,7 +556,7 @@ def draw_maps(runs):
 # A figure of the page: panels and {label: NAME}, or in place of both a function of its own that draws it.
 Picture = namedtuple("Picture", "title panels names")
 FIGURES = {
-    "summary": Picture("Control, collapse, and what keeps it up", ["distance"], {
+    "summary": Picture("Control, collapse, and what keeps it up; grey: the seeds' thresholds", ["distance"], {
         "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
         "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
         "GroupNorm, no MLP norm, SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
@@ -560,9 +565,10 @@ FIGURES = {
         "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
     }),
     "clip": Picture(
-        "What clipping does: the norm of the gradient, the length of q (grey: 100), the distance",
+        "GroupNorm, no MLP norm, and BN everywhere: norm of the gradient, length of q (grey: 100), and the "
+        "distance (grey: the thresholds of collapse)",
         ["gradient", "length", "distance"], {
-            "SGD 0.8": "gn-none-sgd-code",
+            "SGD 0.2": "gn-none-sgd-0.2-code",
             "SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
             "SGD 0.2, clipped before step 600 only": "clip-early-code",
             "SGD 0.2, clipped from step 600 on only": "clip-late-code",
@@ -571,7 +577,8 @@ FIGURES = {
         }),
     "claims": Picture(
         "The distances behind the verdicts: each line a run of the first configuration that the claim names "
-        "(C6, green: of the second); collapsed: below the grey", draw_claims, {}),
+        "(C6, dashed: of the second); collapsed: below the grey. Titles: norm of encoder and MLPs, optimizer",
+        draw_claims, {}),
     "rates": Picture("LARS on all parameters at four rates: C6, C7, D10", ["distance", "rate"], {
         "LARS 0.5": "gn-none-lars-0.5-code",
         "LARS 0.2": "gn-none-lars-0.2-code",
@@ -641,12 +648,13 @@ REMEDIES = {
     "BN everywhere, SGD 0.8 (control)": "bn-bn-sgd-code",
     "GroupNorm, BN in the MLPs, SGD 0.8": "gn-bn-sgd-code",
     "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
-    "the same, SGD 0.2, gradient clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
-    "the same, SGD 0.8, gradient clipped to 0.1": "gn-none-sgd-0.8-clip-0.1-code",
-    "the same, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
+    "GroupNorm, no MLP norm, SGD 0.2": "gn-none-sgd-0.2-code",
+    "GroupNorm, no MLP norm, SGD 0.8, gradient clipped to 0.1": "gn-none-sgd-0.8-clip-0.1-code",
+    "GroupNorm, no MLP norm, SGD 0.2, gradient clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
+    "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
+    "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
     "no norm anywhere, SGD 0.2": "none-none-sgd-0.2-code",
-    "the same, gradient clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
-    "no norm anywhere, LARS 0.2 on weights, warm-up": "none-none-lars-0.2-paper",
+    "no norm anywhere, SGD 0.2, gradient clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
 }
 
 # ------------------------------------------------------------------------ any folder of runs
