@@ -407,7 +407,7 @@ LIMITS = {"common": COMMON, "length": LONG}
 # Okabe and Ito's, which the colour-blind can tell apart: one for each set-up in all figures of the page.
 COLOURS = {"BN everywhere": "#000000", "SGD": "#d55e00", "SGD, warm-up": "#e69f00", "SGD, clipped": "#0072b2",
            "LARS on all": "#009e73", "LARS on weights": "#cc79a7", "AdamW": "#56b4e9", "script": "#999999"}
-STYLES = ("-", "--", ":", "-.")
+STYLES = (("-", 1), ("--", 0.8), (":", 0.6), ("-.", 0.45))        # of lines that share a colour, and alpha
 
 
 def set_up(run):
@@ -450,7 +450,7 @@ def draw(runs, panels, names):
             for run in seeds(runs, name):
                 steps = list(run.scores if panel == "accuracy" else run.lines)
                 values = [value(run, step) for step in steps]
-                lines[label] = place.plot(steps, values, style, color=colour, lw=1.3)[0]
+                lines[label] = place.plot(steps, values, style[0], alpha=style[1], color=colour, lw=1.3)[0]
                 if panel == "distance":
                     place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
         place.set(xlabel="step", ylabel=text, xscale="linear" if panel == "accuracy" else "log", yscale=scale)
