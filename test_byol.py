@@ -328,7 +328,7 @@ def test_what_is_no_weight_gets_no_lars():
 def test_lars_says_what_it_cannot_do():
     w = nn.Parameter(torch.ones(3, 2))
     optimizer = lars.LARS([w], 0.1)
-    w.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (3, 2))
+    w.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (3, 2), check_invariants=True)
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
     with pytest.raises(ValueError, match="one name"):
