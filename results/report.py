@@ -429,7 +429,7 @@ rcParams.update({"font.size": 9, "legend.frameon": False, "savefig.dpi": 110})
 
 
 def looks(runs, names):
-    """{label: (colour, style)}: the colour of its set-up, and another style for each line that shares it."""
+    """{label: (colour, (style, alpha))}: the colour of its set-up, another of STYLES for each line of it."""
     used, chosen = Counter(), {}
     for label, name in names.items():
         kind = set_up(seeds(runs, name)[0])
