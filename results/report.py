@@ -10,12 +10,15 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter, namedtuple
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 try:
     from matplotlib import rcParams
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
 except ImportError:
     sys.exit("report.py: pip install matplotlib, which draws its pictures")
@@ -32,6 +35,9 @@ COMMON = 0.4            # part of what varies in z that both views have in commo
 LONG = 100              # mean length of q, which is 0.7 at the start
 
 
+SCALES = {"map": "maps", "wide": "full width", "fashion": "Fashion-MNIST"}      # by how a run's name begins
+SAMPLES = ("seeds 0 to 2", "other seeds", *SCALES.values())
+
 # ------------------------------------------------------------------------ runs
 def read_log(folder):
     """The log's evaluations and its lines of metrics, {step: line} each."""
@@ -47,7 +53,7 @@ class Run:
 
     def __init__(self, folder):
         config = json.loads((folder / "config.json").read_text())
-        self.name = folder.name.rpartition("-s")[0]
+        self.scale = SCALES.get(folder.name.partition("-")[0], "")
         self.flags = config["flags"]
         self.command = config["command"]
         self.machine = config.get("gpu") or config.get("cpu")
@@ -127,9 +133,19 @@ def load(folder, fault=sys.exit):
     return runs
 
 
+def name_of(key):
+    """NAME of NAME-sSEED."""
+    return key.rpartition("-s")[0]
+
+
 def seeds(runs, name):
     """All runs NAME-sSEED of a name, or the one if it is that of a run."""
-    return [runs[name]] if name in runs else [run for run in runs.values() if run.name == name]
+    return [runs[name]] if name in runs else [run for key, run in runs.items() if name_of(key) == name]
+
+
+def at_full_width(runs):
+    """The runs of width 64, under the names of those of width 8."""
+    return {name.removeprefix("wide-"): run for name, run in runs.items() if run.scale == "full width"}
 
 
 # ------------------------------------------------------------------------ rules
@@ -225,21 +241,21 @@ GN, LONG_RUN = "GroupNorm, no MLP norm", "24,000 steps"
 TRIVIAL = ("D3", "D8", "B5")        # hold trivially where they hold; the page says why
 Claim = namedtuple("Claim", "words rule names")     # the table shows the accuracy of the first of names
 CLAIMS = {
-    "C1": Claim(f"BN in the encoder only, SGD, {LONG_RUN}: collapses, recovers later with a rising loss",
+    "C1": Claim(f"BN in the encoder only, SGD, {LONG_RUN}: collapses, recovers, loss rises",
                 recovers_with_rising_loss, ["bn-none-sgd-long"]),
-    "C2": Claim("BN in the encoder only, LARS 0.2: no collapse, and better than SGD",
+    "C2": Claim("BN in the encoder only, LARS 0.2: no collapse, beats SGD",
                 beats_without_collapse, ["bn-none-lars", "bn-none-sgd"]),
-    "C3": Claim("BN everywhere, SGD: never collapses, and better than BN in the encoder only",
+    "C3": Claim("BN everywhere, SGD: never collapses, beats BN in the encoder only",
                 beats_without_collapse, ["bn-bn-sgd", "bn-none-sgd"]),          # of equal length
     "C4": Claim(f"{GN}, SGD: collapses almost at once, for good",
                 collapses_at_once_for_good, ["gn-none-sgd"]),
-    "C5": Claim("GroupNorm, BN in the MLPs, SGD: these two layers alone prevent the collapse",
+    "C5": Claim("GroupNorm, BN in the MLPs, SGD: these alone prevent the collapse",
                 learns_without_collapse, ["gn-bn-sgd"]),
-    "C6": Claim(f"{GN}, LARS 0.2: collapses, recovers and learns, less than C5",
+    "C6": Claim(f"{GN}, LARS 0.2: collapses, recovers, learns, below C5",
                 recovers_below, ["gn-none-lars-0.2", "gn-bn-sgd"]),
     "C7": Claim(f"{GN}, LARS 0.1: collapses at once and stays there",
                 collapses_at_once_for_good, ["gn-none-lars-0.1"]),
-    "D1": Claim(f"{GN}, SGD 0.2, decay 1e-5, {LONG_RUN}: recovers late, with a rising loss",
+    "D1": Claim(f"{GN}, SGD 0.2, decay 1e-5: recovers late, loss rises",
                 recovers_with_rising_loss, ["gn-none-sgd-wd1e-5"]),
     "D2": Claim("as D1, decay 1e-4: recovers at times",
                 recovers_at_times, ["gn-none-sgd-wd1e-4"]),
@@ -249,15 +265,15 @@ CLAIMS = {
                 large_weights_come_down, ["gn-none-sgd-wd1e-5"]),
     "D5": Claim(f"GroupNorm with weight standardization, SGD, {LONG_RUN}: collapses and recovers repeatedly",
                 recovers_repeatedly, ["gnws-none-sgd"]),
-    "D6": Claim("LARS on layer1 and layer2 only: in a collapse their gradient vanishes, their rate explodes",
+    "D6": Claim("LARS on layer1, layer2 only: once collapsed, gradient vanishes, their rate explodes",
                 early_rate_explodes, ["gn-none-lars-early"]),
     "D7": Claim("LARS on layer1 and layer2 only: separates the images most quickly",
                 separates_first, ["gn-none-lars-early", "gn-none-lars-0.2", "gn-none-lars-mlps"]),
-    "D8": Claim("SGD with ten times the rate on layer1 and layer2: does not recover",
+    "D8": Claim("SGD, ten times the rate on layer1, layer2: does not recover",
                 stay_collapsed, ["gn-none-sgd-early"]),
     "D9": Claim("LARS on the MLPs only: recovers for a while, then collapses again",
                 relapses, ["gn-none-lars-mlps"]),
-    "D10": Claim("LARS 0.5 recovers and learns, 0.1 does not; layer1's local rate peaks earlier with 0.5",
+    "D10": Claim("LARS 0.5 recovers, 0.1 does not; layer1's rate peaks earlier with 0.5",
                  peaks_early_or_stays, ["gn-none-lars-0.5", "gn-none-lars-0.1"]),
     "D11": Claim("no MLP norm: what LARS does is particular to its layerwise rates", None, []),
     "B1": Claim("no MLP norm, 2,000 steps: no better than random features",
@@ -266,11 +282,11 @@ CLAIMS = {
                 is_no_better_than_random, ["bn-ln-sgd-short"]),
     "B3": Claim("MoCo, no MLP norm: learns without BN in the MLP",
                 learns_without_collapse, ["bn-none-moco"]),
-    "B4": Claim("BN in the projection only, or in the prediction only: either prevents the collapse",
+    "B4": Claim("BN in the projection or the prediction alone prevents the collapse",
                 never_collapse, ["bn-bn.none-sgd", "bn-none.bn-sgd"]),
     "B5": Claim("a collapsed run: the projections of different images are almost identical",
                 has_equal_projections, ["gn-none-sgd"]),
-    "X1": Claim("GroupNorm with weight standardization, LARS: gains at least half of what BN does",
+    "X1": Claim("GroupNorm with weight standardization, LARS: at least half of BN's gain",
                 gains_half_of_the_control, ["gnws-none-lars", "bn-bn-sgd"]),
 }
 # D11 is judged over rates as well as seeds: the optimizers that are not layerwise, and their runs.
@@ -388,6 +404,8 @@ def grad_norm(line):
 
 PANELS = {  # what a panel shows: its axis and scale, and a run's value at a step
     "distance": ("representation distance", "log", lambda run, step: run.lines[step]["rep_dist"]),
+    "distance at width 64": ("representation distance, width 64", "log",
+                             lambda run, step: run.lines[step]["rep_dist"]),
     "loss": ("loss", "log", lambda run, step: run.lines[step]["loss"]),
     "rate": ("local LARS rate of layer1", "log",
              lambda run, step: run.lines[step]["layers"]["layer1"]["lars_rate"]),
@@ -404,10 +422,10 @@ PANELS = {  # what a panel shows: its axis and scale, and a run's value at a ste
                 lambda run, step: run.lines[step]["layers"]["prediction"]["max_over_rms"]),
 }
 LIMITS = {"common": COMMON, "length": LONG}
-# Okabe and Ito's, which the colour-blind can tell apart: one for each set-up in all figures of the page.
+# Okabe and Ito's and one of Tol's, which the colour-blind can tell apart: one for each set-up in all figures.
 COLOURS = {"BN everywhere": "#000000", "SGD": "#d55e00", "SGD, warm-up": "#e69f00", "SGD, clipped": "#0072b2",
-           "LARS on all": "#009e73", "LARS on weights": "#cc79a7", "AdamW": "#56b4e9", "script": "#999999"}
-STYLES = (("-", 1), ("--", 0.8), (":", 0.6), ("-.", 0.45))        # of lines that share a colour, and alpha
+           "LARS on all": "#009e73", "LARS on weights": "#882255", "AdamW": "#56b4e9", "harmed": "#666666"}
+SHADES = (("-", 1), ("--", 0.5), (":", 0.2), ("-.", 0.75))    # of one set-up's lines: style, part of its colour
 
 
 def set_up(run):
@@ -415,8 +433,8 @@ def set_up(run):
     flags = run.flags
     if flags["enc_norm"] == flags["proj_norm"] == "bn":
         return "BN everywhere"
-    if not run.command.startswith("python byol.py"):
-        return "SGD, clipped" if flags.get("clip") else "script"
+    if "harm.py" in run.command:
+        return "harmed"
     if flags["opt"] == "lars":
         return f"LARS on {flags['lars_on']}"
     if flags["opt"] == "adamw":
@@ -429,11 +447,12 @@ rcParams.update({"font.size": 9, "legend.frameon": False, "savefig.dpi": 110})
 
 
 def looks(runs, names):
-    """{label: (colour, (style, alpha))}: the colour of its set-up, another of STYLES for each line of it."""
+    """{label: (colour, style)}: the colour of its set-up, another of SHADES for each line of it."""
     used, chosen = Counter(), {}
     for label, name in names.items():
         kind = set_up(seeds(runs, name)[0])
-        chosen[label] = COLOURS[kind], STYLES[used[kind] % len(STYLES)]
+        style, part = SHADES[used[kind] % len(SHADES)]
+        chosen[label] = [part * channel for channel in to_rgb(COLOURS[kind])], style
         used[kind] += 1
     return chosen
 
@@ -445,13 +464,14 @@ def draw(runs, panels, names):
     lines, look_of = {}, looks(runs, names)
     for panel, place in picture.subplot_mosaic([panels]).items():
         text, scale, value = PANELS[panel]
+        shown = at_full_width(runs) if panel == "distance at width 64" else runs
         for label, name in names.items():
             colour, style = look_of[label]
-            for run in seeds(runs, name):
+            for run in seeds(shown, name):
                 steps = list(run.scores if panel == "accuracy" else run.lines)
                 values = [value(run, step) for step in steps]
-                lines[label] = place.plot(steps, values, style[0], alpha=style[1], color=colour, lw=1.3)[0]
-                if panel == "distance":
+                lines[label] = place.plot(steps, values, style, color=colour, lw=1.3)[0]
+                if panel.startswith("distance"):
                     place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
         place.set(xlabel="step", ylabel=text, xscale="linear" if panel == "accuracy" else "log", yscale=scale)
         if panel in LIMITS:
@@ -464,17 +484,33 @@ def in_short(runs, name):
     """Norm of encoder and MLPs, and optimizer, of the runs of this name."""
     flags = seeds(runs, name)[0].flags
     mlps = dict.fromkeys([flags["proj_norm"], flags["pred_norm"]])
-    return f"{flags['enc_norm']}, {'/'.join(mlps)}, {flags['opt'].upper()} {flags['lr']:g}"
+    optimizer = "AdamW" if flags["opt"] == "adamw" else flags["opt"].upper()
+    return f"{flags['enc_norm']}, {'/'.join(mlps)}, {optimizer} {flags['lr']:g}"
 
 
-def draw_claims(runs):
+def in_full(runs, name):
+    """in_short, and what else tells the runs of one scale apart."""
+    flags = seeds(runs, name)[0].flags
+    words = [in_short(runs, name)]
+    if flags["opt"] == "lars":
+        layers = f" of {flags['lars_layers']}" if flags["lars_layers"] else ""
+        words[0] += f" on {flags['lars_on']}{layers}"
+    if flags.get("clip"):
+        words.append(f"clipped to {flags['clip']:g}")
+    if flags["warmup"]:
+        words.append("warm-up")
+    return ", ".join(words)
+
+
+def draw_claims(runs, claims, columns):
     """The distance in each claim's runs, a panel each: the first configuration of CLAIMS in both forms, and
     what was run with the switch that flips the claim."""
-    picture = Figure((10, 9))
-    axes = picture.subplots(6, 4, sharex=True, sharey=True)
+    rows = math.ceil(len(claims) / columns)
+    picture = Figure((10, 1.9 * rows))
+    axes = picture.subplots(rows, columns, sharex=True, sharey=True)
     lines = {}
-    claims = {claim: row.names for claim, row in CLAIMS.items() if row.names}
-    for place, (claim, names) in zip(axes.flat, claims.items()):
+    for place, claim in zip(axes.flat, claims):
+        names = CLAIMS[claim].names
         chosen = {"code's form": f"{names[0]}-code", "paper's form": f"{names[0]}-paper"}
         chosen["with what flips it"] = judge(runs, claim).flip
         for (label, name), style in zip(chosen.items(), ("-", ":", "--")):
@@ -483,10 +519,15 @@ def draw_claims(runs):
                 distances = [line["rep_dist"] for line in run.lines.values()]
                 lines[label] = place.loglog(list(run.lines), distances, style, color=colour, lw=1)[0]
                 place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
-        place.set(ylim=(1e-12, 2), title=f"{claim}: {in_short(runs, names[0] + '-code')}")
-    axes[4][3].tick_params(labelbottom=True)        # the legend is where its column ends
-    axes.flat[-1].axis("off")
-    axes.flat[-1].legend(lines.values(), lines.keys(), loc="center")
+        place.set(ylim=(1e-12, 2))
+        words = textwrap.wrap(f"{claim}: {CLAIMS[claim].words}", 140 // columns)
+        place.set_title("\n".join(words), fontsize=7, loc="left")
+    for column in axes.T:
+        last = [place for place in column if place.lines][-1]
+        last.tick_params(labelbottom=True)
+    for place in axes.flat[len(claims):]:
+        place.axis("off")
+    picture.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=3)
     picture.supxlabel("step")
     picture.supylabel("representation distance")
     return picture
@@ -497,8 +538,9 @@ def draw_scores(runs):
     picture = Figure((8, 4))
     place = picture.subplots()
     norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN", "none": "none"}
+    bare = [run for run in runs.values() if run.is_bare and run.scale in ("", "maps")]
     for (norm, label), colour in zip(norms.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
-        chosen = [run for run in runs.values() if run.is_bare and run.flags["enc_norm"] == norm]
+        chosen = [run for run in bare if run.flags["enc_norm"] == norm]
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
         place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
     place.axhline(0, color="0.8", zorder=0)
@@ -520,11 +562,12 @@ MAPS = [
 
 def draw_map(place, runs, kind):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words unless healthy."""
-    names = [name for name in runs if re.fullmatch(rf"({kind.begin}).*{kind.form}-s\d+", name)]
+    names = {name_of(key) for key in runs}
     cells = {}
-    for run in map(runs.get, names):
-        value = run.flags.get(kind.flag)
-        cells[math.inf if value is None else value, run.flags["lr"]] = seeds(runs, run.name)
+    for name in filter(re.compile(f"({kind.begin}).*{kind.form}").fullmatch, names):
+        group = seeds(runs, name)
+        value = group[0].flags.get(kind.flag)
+        cells[math.inf if value is None else value, group[0].flags["lr"]] = group
     rows, columns = (sorted(set(values)) for values in zip(*cells))
     colours = [[math.nan] * len(columns) for _ in rows]
     for (row, column), group in cells.items():
@@ -556,7 +599,8 @@ def draw_maps(runs):
 # A figure of the page: panels and {label: NAME}, or in place of both a function of its own that draws it.
 Picture = namedtuple("Picture", "title panels names")
 FIGURES = {
-    "summary": Picture("Control, collapse, and what keeps it up; grey: the seeds' thresholds", ["distance"], {
+    "summary": Picture("Control, collapse, and what keeps it up; grey: the seeds' thresholds",
+                       ["distance", "distance at width 64"], {
         "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
         "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
         "GroupNorm, no MLP norm, SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
@@ -576,16 +620,19 @@ FIGURES = {
             "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
         }),
     "claims": Picture(
-        "The distances behind the verdicts: each line a run of the first configuration that the claim names "
-        "(C6, dashed: of the second); collapsed: below the grey. Titles: norm of encoder and MLPs, optimizer",
-        draw_claims, {}),
+        "The distances behind six claims: each line a run of the first configuration that the claim names "
+        "(C6, dashed: of the second); collapsed: below the grey",
+        partial(draw_claims, claims=["C4", "C5", "C6", "C7", "D1", "D5"], columns=3), {}),
+    "all-claims": Picture(
+        "The same for every claim that names runs",
+        partial(draw_claims, claims=[claim for claim, row in CLAIMS.items() if row.names], columns=4), {}),
     "rates": Picture("LARS on all parameters at four rates: C6, C7, D10", ["distance", "rate"], {
         "LARS 0.5": "gn-none-lars-0.5-code",
         "LARS 0.2": "gn-none-lars-0.2-code",
         "LARS 0.1": "gn-none-lars-0.1-code",
         "LARS 0.05": "gn-none-lars-0.1@half-the-rate-code",
     }),
-    "threshold": Picture(
+    "lars-parts": Picture(
         "LARS 0.05 on some parameters and SGD on the others, 3,000 steps", ["distance", "live"], {
             "all parameters": "lars-all-0.05-code",
             "weights and MLP biases": "lars-biases-0.05-code",
@@ -600,12 +647,11 @@ FIGURES = {
         "LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
     }),
     "harm": Picture(
-        "SGD 0.2 with a warm-up, harmed once after step 64: those with the lengths coincide, and so do those "
-        "without", ["distance", "live"], {
+        "SGD 0.2 with a warm-up, harmed once after step 64; with both harms as with the lengths alone",
+        ["distance", "live"], {
             "unharmed": "growth-sgd-paper",
             "long projections and predictions": "harm-lengths-paper",
             "no live unit in the prediction": "harm-units-paper",
-            "both": "harm-both-paper",
         }),
     "growth": Picture("The direction that grows, over 4,096 images", ["strongest", "slope"], {
         "SGD 0.2, warm-up": "growth-sgd-paper",
@@ -632,7 +678,7 @@ FIGURES = {
             "decay 1e-5": "gn-none-sgd-wd1e-5@warm-up-of-300-code",
             "no decay": "no-decay-code",
         }),
-    "decay": Picture(
+    "late-collapse": Picture(
         "GroupNorm with weight standardization under SGD: runs that learn and then collapse, and others",
         ["distance", "length"], {
             "SGD 0.4, warm-up of 2,400 steps": "gnws-none-sgd@twice-the-rate-paper",
@@ -726,10 +772,8 @@ def fact(runs, key):
 
 
 def sample(run):
-    """Which runs it is among: rules were found on seeds 0 to 2."""
-    if "/map-" in run.command:
-        return "maps"
-    return "0 to 2" if run.flags["seed"] < 3 else "others"
+    """Which of SAMPLES it is among: rules were found on seeds 0 to 2."""
+    return run.scale or ("seeds 0 to 2" if run.flags["seed"] < 3 else "other seeds")
 
 
 def announced(run):
@@ -742,20 +786,89 @@ def count(name, runs, has):
     """A table: in how many of the runs there is the sign, chosen on seeds 0 to 2, and how these end."""
     ended = Counter((sample(run), "yes" if has(run) else "no", run.state) for run in runs)
     states = [state for state in STATES if any(run.state == state for run in runs)]
-    cells = itertools.product(("0 to 2", "others", "maps"), ("yes", "no"))
+    present = [which for which in SAMPLES if any(sample(run) == which for run in runs)]
+    cells = itertools.product(present, ("yes", "no"))
     rows = [[*cell, *(ended[(*cell, state)] for state in states)] for cell in cells]
-    return table(["seeds", name, *states], rows)
+    return table(["runs", name, *states], rows)
+
+
+WARNINGS = {
+    "mean length of q over 100 at step 64": lambda run: run.lines[64]["q_norm"] > LONG,
+    "gradient at step 4 under a tenth of the first":
+        lambda run: grad_norm(run.lines[4]) < grad_norm(run.lines[1]) / 10,
+}
+
+
+def warnings(runs):
+    """A table: how many of those with a warning end collapsed, and of how many that do it warned."""
+    by_name = {}
+    for name, run in runs.items():
+        by_name.setdefault(name_of(name), []).append(run)
+    groups = {which: [run for run in runs.values() if sample(run) == which] for which in SAMPLES}
+    mixed = [group for group in by_name.values() if len({run.state == "collapsed" for run in group}) > 1]
+    groups["of set-ups whose seeds differ"] = list(itertools.chain(*mixed))
+    rows = []
+    for warning, warns in WARNINGS.items():
+        for which, group in groups.items():
+            warned = [run for run in group if warns(run)]
+            collapsed = [run for run in group if run.state == "collapsed"]
+            both = sum(run.state == "collapsed" for run in warned)
+            if group:
+                rows.append([warning, which, f"{both} of {len(warned)}", f"{both} of {len(collapsed)}"])
+    return table(["warning", "runs", "of those with it end collapsed", "of those collapsed had it"], rows)
 
 
 def remedies(runs):
     """A table: how the runs of REMEDIES ended, and what they score."""
     rows = []
     for label, name in REMEDIES.items():
-        group = seeds(runs, name)
+        group, wide = seeds(runs, name), seeds(at_full_width(runs), name)
         states = Counter(run.state for run in group)
         ends = [f"{states[state]} of {len(group)}" for state in ("collapsed", "recovered")]
-        rows.append([label, *ends, fact(group, "accuracy"), fact(group, "random")])
-    return table(["norms, optimizer", "collapsed", "recovered", "accuracy %", "random features %"], rows)
+        scores = fact(group, "accuracy"), fact(group, "random")
+        rows.append([label, *ends, *scores, fact(wide, "ends")])
+    header = ["norms, optimizer", "collapsed", "recovered", "accuracy %", "random features %", "width 64"]
+    return table(header, rows)
+
+
+def usual_end(group):
+    return Counter(run.state for run in group).most_common(1)[0][0]
+
+
+def both_widths(runs):
+    """A table: each configuration that was run at full width, beside the one of width 8."""
+    rows, wide = [], at_full_width(runs)
+    for name in dict.fromkeys(map(name_of, wide)):
+        small, full = seeds(runs, name), seeds(wide, name)
+        agree = "not run"
+        if small:
+            agree = "same" if usual_end(small) == usual_end(full) else "differs"
+        for width, group, last in ((8, small, ""), (64, full, agree)):
+            facts = [fact(group, of) for of in ("ends", "lowest", "distance", "length", "random")]
+            rows.append([in_full(wide, name), width, *facts, last])
+    distances = ["lowest distance", "last distance", "length of q at step 64"]
+    ends = "ended (seeds), accuracy"
+    return table(["norms, optimizer", "width", ends, *distances, "random features %", "usual end"], rows)
+
+
+def holds_by_form(runs, claim):
+    """{form: whether the claim holds in most seeds} of those forms that were run."""
+    answers = answers_of(runs, claim)
+    by_form = {form: answers.get(f"{CLAIMS[claim].names[0]}-{form}") for form in FORMS}
+    return {form: sum(answer) > len(answer) / 2 for form, answer in by_form.items() if answer}
+
+
+def claims_at_both_widths(runs):
+    """A table: in how many seeds of each form each claim holds at width 8 and at full width."""
+    rows, wide = [], at_full_width(runs)
+    for claim in (claim for claim, row in CLAIMS.items() if row.names):
+        small, full = holds_by_form(runs, claim), holds_by_form(wide, claim)
+        agree = all(small[form] == full[form] for form in full if form in small)
+        counts = [*judge(runs, claim)[:2], *judge(wide, claim)[:2]]
+        if full:
+            rows.append([claim, CLAIMS[claim].words, *counts, "same" if agree else "differs"])
+    header = ["id", "claim", "width 8, code's form", "paper's", "width 64, code's form", "paper's", ""]
+    return table(header, rows)
 
 
 def figure(runs, name):
@@ -768,8 +881,9 @@ def figure(runs, name):
 
 def facts_of(runs):
     """{what {{...}} in notes.md says: its text}, but for figures and the facts of one name."""
-    bare = list({str(run.flags): run for run in runs.values() if run.is_bare}.values())     # maps share some
-    long = [run for run in bare if run.lines[64]["q_norm"] > LONG]
+    named = {str(run.flags): name for name, run in runs.items() if run.is_bare}         # maps share some
+    bare = {name: runs[name] for name in named.values()}
+    long = [run for run in bare.values() if run.lines[64]["q_norm"] > LONG]
     verdicts = {claim: judge(runs, claim) for claim in CLAIMS}
     outcomes = Counter(verdict.outcome for verdict in verdicts.values())
     rows = [[claim, CLAIMS[claim].words, *verdict[:-1]] for claim, verdict in verdicts.items()]
@@ -778,10 +892,12 @@ def facts_of(runs):
     tries = [f"- *{claim}*, {tried(runs, claim)}.\n" for claim in not_as_written if CLAIMS[claim].names]
     return {
         "machines": ", ".join(sorted({run.machine for run in runs.values()})),
-        "first steps": count("warning", bare, lambda run: run in long or run.lines[64]["live"][-1] == 0),
+        "warnings": warnings(bare),
         "long ones collapsed": fact(long, "collapsed"),
-        "early sign": count("sign", [run for run in bare if run.collapses], announced),
+        "early sign": count("sign", [run for run in bare.values() if run.collapses], announced),
         "remedies": remedies(runs),
+        "both widths": both_widths(runs),
+        "claims at both widths": claims_at_both_widths(runs),
         "verdicts": table(header, rows),
         "tries": "".join(tries),
         "claims that hold": outcomes["yes"] + outcomes["trivially"],
@@ -792,7 +908,8 @@ def facts_of(runs):
 
 def list_of_runs(runs):
     """What results/runs/README.md holds: every configuration, how its runs ended, the command of one."""
-    groups = {run.name: seeds(runs, run.name) for run in runs.values()}
+    names = dict.fromkeys(map(name_of, runs))
+    groups = {name: seeds(runs, name) for name in names}
     rows = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
     head = """# Every run of the study
 
