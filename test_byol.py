@@ -156,6 +156,9 @@ def test_resnet_equals_torchvision(monkeypatch):
 ])
 def test_resnet_shapes_gradients_and_statistics(norm, groups, stem):
     net, x = resnet_norms.resnet18(norm, 6, stem).double(), torch.randn(2, 3, 32, 32).double()
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == 20 and all((conv.bias is not None) == (norm == "none") for conv in convs)
+    assert norm != "none" or not any(conv.bias.any() for conv in convs)
     y = net(x)
     assert y.shape == (2, 48)
     assert norm == "bn" or torch.allclose(y[:1], net(x[:1]), rtol=1e-10)
@@ -177,7 +180,8 @@ def test_gradients_in_channels_last(width):
     assert (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
 
 
-@pytest.mark.parametrize("bad", [dict(norm="ln"), dict(stem="vit"), dict(width=0), dict(width=5, norm="gn")])
+@pytest.mark.parametrize("bad", [dict(norm="ln"), dict(stem="vit"), dict(width=0), dict(width=5, norm="gn"),
+                                 dict(width=3, norm="gn+ws"), dict(width=1, norm="gn+ws")])
 def test_resnet_refuses(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         resnet_norms.resnet18(**bad)
@@ -217,7 +221,8 @@ def run_steps(model, optimizer, steps):
 @pytest.mark.parametrize("momentum, weight_decay", [*itertools.product((0.0, 0.9), (0.0, 1e-2))])
 def test_lars_off_is_sgd(momentum, weight_decay):
     ours, theirs = small_model(), small_model()
-    run_steps(ours, lars.LARS([dict(params=ours.parameters(), lars=False)], 0.1, momentum, weight_decay), 7)
+    group = dict(params=ours.parameters(), lars=False, momentum=momentum)           # its own, not the default
+    run_steps(ours, lars.LARS([group], 0.1, 0.5, weight_decay), 7)
     run_steps(theirs, torch.optim.SGD(theirs.parameters(), 0.1, momentum, weight_decay=weight_decay), 7)
     torch.testing.assert_close([*ours.parameters()], [*theirs.parameters()], rtol=0, atol=0)
 
@@ -270,9 +275,13 @@ def test_lars_is_a_torch_optimizer():
     assert torch.allclose(used, torch.tensor((1 - 1e-3) * (1 - 1e-4)))     # rates of 1, then 0.1
     assert torch.equal(late, torch.full((2,), 0.75)) and set(optimizer.rates) == {used}
     assert torch.equal(unused, torch.ones(2)) and unused not in optimizer.state
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.rates == {}
 
 
-@pytest.mark.parametrize("bad", [dict(lr=-1), dict(lr=9e999), dict(lr=1, momentum=math.nan)])
+@pytest.mark.parametrize("bad", [dict(lr=-1), dict(lr=9e999), dict(lr=1, momentum=math.nan),
+                                 dict(lr=1, eta=-1), dict(lr=1, weight_decay=-1)])
 def test_lars_refuses(bad):
     with pytest.raises(ValueError, match=list(bad)[-1]):
         lars.LARS([nn.Parameter(torch.ones(1))], **bad)
@@ -297,6 +306,8 @@ def test_param_groups():
     factors = {name: (g["lr_mult"], g["lars"]) for g in split for name, _ in g["params"]}
     some = {"3.weight": (2, True), "0.weight": (20, False), "0.bias": (10, False), "4.bias": (1, False)}
     assert factors.items() >= some.items()
+    factors = byol.parse_arguments(["--lr-mult", "(?<=layer1).*=3"]).lr_mult
+    assert factors == [["(?<=layer1).*", 3]]
     model[0].weight.requires_grad_(False)
     assert "0.weight" not in described()
     bad = dict(lars_layers="bias"), dict(lars_layers="["), dict(lars_layers="none"), dict(lars_on="norms")
@@ -313,13 +324,14 @@ def test_param_groups():
 def test_what_is_no_weight_gets_no_lars():
     """Whatever it is called, and whatever norm it belongs to; what cannot be told is refused."""
     modules = dict(conv=nn.Conv2d(3, 8, 3), lstm=nn.LSTM(8, 8), rms=nn.RMSNorm(8), ln=nn.LayerNorm([4, 4]),
-                   attention=nn.MultiheadAttention(8, 2, add_bias_kv=True), embedding=nn.Embedding(5, 8))
+                   attention=nn.MultiheadAttention(8, 2, add_bias_kv=True), embedding=nn.Embedding(5, 8),
+                   debias=nn.Linear(8, 8))
     model = nn.ModuleDict(modules)
     model.layer_scale = nn.Parameter(torch.ones(8))
     groups = lars.param_groups(model, 0.1)
     adapted = {name for g in groups if g["lars"] for name, _ in g["params"]}
     assert adapted == {"conv.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "attention.in_proj_weight",
-                       "attention.out_proj.weight", "embedding.weight"}
+                       "attention.out_proj.weight", "embedding.weight", "debias.weight"}
     assert all(g["weight_decay"] == (0.1 if g["lars"] else 0) for g in groups)
     with pytest.raises(ValueError, match="lazy"):
         lars.param_groups(nn.LazyLinear(3), 0.1)
@@ -367,7 +379,7 @@ def plain_view(image, params, i, order, size):
     return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
-@pytest.mark.parametrize("size", [16, 75, 96])
+@pytest.mark.parametrize("size", [16, 55, 75, 96])
 def test_views_are_the_composition_of_torchvisions(size):
     args = byol.parse_arguments(["--size", str(size)])
     generator = torch.Generator().manual_seed(1)
@@ -475,8 +487,10 @@ def test_loss_and_distances_are_exact_also_near_collapse():
 
 
 def test_collapse_metrics():
-    y, z1, z2 = torch.randn(12, 40).abs(), torch.randn(12, 30) + 1, torch.randn(12, 30) + 1
+    y, z1, z2 = torch.randn(12, 40).abs(), torch.randn(12, 30) + 1, torch.randn(12, 30) - 1
     metrics = byol.collapse_metrics(y, z1, y, z2)
+    z_std = [F.normalize(z).std(0).mean().item() * 30**0.5 for z in (z1, z2)]          # of each view
+    assert metrics["z_std"] == pytest.approx(sum(z_std) / 2, rel=1e-5)
     assert metrics["y_std"] == pytest.approx(F.normalize(y).std(0).mean().item() * 40**0.5, rel=1e-5)
     assert metrics["z_norm"] == pytest.approx(torch.cat([z1, z2]).norm(dim=1).mean().item(), rel=1e-5)
     assert byol.collapse_metrics(*[torch.eye(20)] * 4)["y_rank"] == pytest.approx(20, rel=1e-4)
@@ -490,6 +504,7 @@ def test_collapse_metrics():
 def test_queue_begins_as_unit_vectors_and_comes_round():
     _, target, _ = byol.build(byol.parse_arguments([*TINY, "--loss", "moco"]))
     torch.testing.assert_close(target.queue.norm(dim=1), torch.ones(byol.QUEUE))
+    assert target.queue.mean(0).abs().max() < 0.01              # in all directions
     queue, batches = target.queue.clone(), torch.randn(100, 48, 128)
     for step, t in enumerate(batches):          # 4,800 keys: the last 704 lie over the first
         byol.enqueue(queue, *t.chunk(2), step)
@@ -649,7 +664,7 @@ class Plain:
     f"{GN} --loss moco --width 6",
     f"{GN} --clip 0.1 --seed 3 --size 20",
     f"{GN} --opt adamw --lr-mult layer1=3 --ema 0.9",
-    "--enc-norm gn+ws --proj-norm ln --pred-norm gn --opt lars --lars-on all --warmup 0.6",
+    "--enc-norm gn+ws --proj-norm ln --pred-norm gn --opt lars --lars-on all --warmup 0.5",
     "--enc-norm none --proj-norm gn --pred-norm ln --opt lars --lars-layers encoder.layer[12] --size 32 "
     "--stem imagenet --weight-decay 0.01",
     "--enc-norm gn --proj-norm bn --pred-norm none --lr-mult ^encoder=2 --lr-mult bias=3 --weight-decay 0.01",
@@ -746,8 +761,11 @@ def test_amp_keeps_loss_and_metrics_in_fp32(shapes):
     losses = {}
     for amp in (False, True):
         args = byol.parse_arguments([*"--width 4 --batch-size 16 --steps 5".split(), *["--amp"] * amp])
-        views = byol.load_views(shapes.train, 0, args)
-        loss, *outputs, _ = byol.update(*byol.build(args), views, 0, args)
+        views, parts, kinds = byol.load_views(shapes.train, 0, args), byol.build(args), []
+        for net in parts[:2]:
+            net.encoder.conv1.register_forward_hook(lambda _, __, y: kinds.append(y.dtype))
+        loss, *outputs, _ = byol.update(*parts, views, 0, args)
+        assert set(kinds) == {torch.bfloat16 if amp else torch.float32} and len(kinds) == 2
         assert loss.dtype == torch.float32 and all(t.dtype == torch.float32 for t in outputs)
         losses[amp] = loss.item()
     assert losses[True] != losses[False] and losses[True] == pytest.approx(losses[False], rel=0.03)
@@ -764,6 +782,11 @@ def test_linear_accuracy_is_scikit_learns():
     scaled = (x - x[:2000].mean(0)) / (x[:2000] - x[:2000].mean(0)).std()
     theirs = LogisticRegression(max_iter=5000, tol=1e-8).fit(scaled[:2000], labels[:2000])
     assert 40 < ours < 99 and abs(ours - 100 * theirs.score(scaled[2000:], labels[2000:])) < 0.5
+    odd, parts = labels[2000:] % 2 == 1, 0               # a test image's class does not hang on the others
+    for some in (odd, ~odd):
+        part = test[torch.tensor(some)], torch.tensor(labels[2000:][some])
+        parts += byol.linear_accuracy(train, torch.tensor(labels[:2000]), *part) * some.mean()
+    assert parts == pytest.approx(ours)
     weight, bias = byol.fit_linear(torch.tensor(scaled[:2000]), torch.tensor(labels[:2000]))
     assert np.abs(weight.T.numpy() - theirs.coef_).max() < 1e-2
 
@@ -915,6 +938,9 @@ def test_an_image_changed_at_equal_size_is_decoded_anew(tmp_path):
 def test_folder_is_decoded_once_and_again_when_it_changes(folder, tmp_path, capsys):
     root = tmp_path / "images"
     shutil.copytree(folder, root)
+    last = max((root / "train" / "class4").iterdir())
+    (last.parent / "more").mkdir()
+    last.rename(last.parent / "more" / "9.PNG")
     first = load(f"folder:{root}", tmp_path)
     drawn, labels = byol.draw_shapes(4, 4)
     assert len(first.train) == 45
@@ -1015,6 +1041,12 @@ def test_large_squares_are_decoded_at_twice_the_size(tmp_path):
         save_image(tmp_path / split / label / "0.png", Image.effect_noise((200, 200), 50))
     assert load(f"folder:{tmp_path}", tmp_path).train.shape == (2, 3, 32, 32)
     assert load(f"folder:{tmp_path}", tmp_path, size=100).train.shape == (2, 3, 200, 200)
+    for i in range(130):                # the last differ from the first hundred
+        save_image(tmp_path / "train" / "b" / f"{i:03}.png", Image.effect_noise((20 + (i > 110), 20), 50))
+    for path in (tmp_path / "train" / "a", tmp_path / "train" / "b"):
+        (path / "0.png").unlink(missing_ok=True)
+    save_image(tmp_path / "train" / "a" / "0.png", Image.effect_noise((20, 20), 50))
+    assert load(f"folder:{tmp_path}", tmp_path).train.shape == (131, 3, 16, 16)
 
 
 def test_damaged_decoded_images(folder, tmp_path, capsys):
@@ -1064,7 +1096,7 @@ def test_run_writes_what_it_promises(flags, tmp_path, capsys, monkeypatch):
     built, build = [], byol.build
     monkeypatch.setattr(byol, "build", lambda args: built.append(build(args)) or built[-1])
     flags = [*TINY, *flags.split()]
-    flags += [] if "--epochs" in flags else ["--steps", "5", "--eval-every", "3"]
+    flags += ["--log-every", "5", *([] if "--epochs" in flags else ["--steps", "5", "--eval-every", "3"])]
     a, b = tmp_path / "a", tmp_path / "b"
     main(*flags, "--out", a)
     b.mkdir()
@@ -1106,11 +1138,15 @@ def test_what_is_printed_and_logged_of_a_step(tmp_path, capsys):
     output = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in output if re.match(r" +\d+ +\d+m", line)]
     lines = [line for line in log(tmp_path) if "loss" in line]
+    speeds = [json.loads(text).get("images_per_s") for text in (tmp_path / "metrics.jsonl").open()]
+    speeds = list(filter(None, speeds))
     for i, (row, line) in enumerate(zip(rows, lines, strict=True)):
         assert line["lr"] == pytest.approx(byol.lr_at(i, 8, 0.2, 0.5), rel=1e-5)
         assert line["ema"] == pytest.approx(byol.tau_at(i, 8, 0.9), rel=1e-5)
         assert line["epoch"] == pytest.approx((i + 1) / 5)
         names = ["loss", "rep_dist", "common", "z_norm", "q_norm", "grad_norm"]
+        left = (8 - line["step"]) * 8 / speeds[i] / 60
+        assert float(row[1].rstrip("m")) == pytest.approx(left, abs=0.5)
         logged = [line[name] for name in names]
         assert [*map(float, row[2:8])] == pytest.approx(logged, rel=0.06, abs=0.006)
     # The accuracy is the online encoder's, as encoder.pt has it.
@@ -1143,7 +1179,7 @@ def test_a_folder_is_named_by_what_differs_from_the_defaults():
 @pytest.mark.parametrize("flags", ["--enc-norm bn --loss moco", GN, f"{GN} --opt lars"])
 def test_cut_off_and_resumed_is_never_cut_off(flags, tmp_path):
     """By a full disk and by SIGKILL. KILLS=10 python -m pytest -k never_cut_off: ten times."""
-    flags = [*TINY, *f"--steps 150 --eval-every 50 --checkpoint-every 7 {flags} --data-dir".split(), tmp_path]
+    flags = [*TINY, *f"--steps 150 --eval-every 49 --checkpoint-every 7 {flags} --data-dir".split(), tmp_path]
     straight, out = tmp_path / "straight", tmp_path / "run"
 
     def runs_out_of_room(limit, where):
@@ -1186,9 +1222,10 @@ def test_cut_off_runs_and_what_is_not_resumed(folder, tmp_path, capsys):
     os.kill(run.process.pid, signal.SIGINT)
     status, output = run.wait()
     assert status == 130 and output.splitlines()[-1].startswith("byol.py: interrupted")
-    script = shlex.join(map(str, [sys.executable, HERE / "byol.py", *flags])) + " | head -n 3"
-    errors = subprocess.run(script, shell=True, capture_output=True, text=True).stderr
-    assert errors.startswith("byol.py: nobody reads standard output") and errors.count("\n") == 1
+    script = shlex.join(map(str, [sys.executable, HERE / "byol.py", *flags]))
+    script += " | head -n 3; exit $PIPESTATUS"
+    unread = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert re.fullmatch("byol.py: nobody reads standard output.*\n", unread.stderr) and unread.returncode == 1
     metrics, checkpoint, config = (out / name for name in ("metrics.jsonl", "checkpoint.pt", "config.json"))
     assert "lr 0.2, not 0.1" in refused(capsys, 2, *flags, "--lr", "0.1")
 
@@ -1206,6 +1243,9 @@ def test_cut_off_runs_and_what_is_not_resumed(folder, tmp_path, capsys):
     assert "images" in refused(capsys, 2, *flags)
     config.unlink()
     assert "no config.json" in refused(capsys, 2, *flags)
+    checkpoint.unlink()
+    kept = metrics.read_bytes()
+    assert "no config.json" in refused(capsys, 2, *flags) and metrics.read_bytes() == kept
 
 
 def test_a_resumed_run_knows_what_state_it_was_in(tmp_path, monkeypatch):
@@ -1226,6 +1266,28 @@ def test_a_resumed_run_knows_what_state_it_was_in(tmp_path, monkeypatch):
     assert log(tmp_path)[-1]["state"] == "recovered"
 
 
+def test_cut_off_in_the_last_evaluation(tmp_path, monkeypatch):
+    flags = [*TINY, *GN.split(), "--steps", "4", "--out"]
+    main(*flags, tmp_path / "straight")
+    evaluate, calls = byol.evaluate, itertools.count()
+
+    def interrupted(*given):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return evaluate(*given)
+
+    monkeypatch.setattr(byol, "evaluate", interrupted)
+    with pytest.raises(SystemExit):
+        main(*flags, tmp_path / "cut")
+    main(*flags, tmp_path / "cut")
+    assert same_run(tmp_path / "straight", tmp_path / "cut")
+
+
+def test_no_epochs_are_no_steps(tmp_path):
+    main(*TINY, "--epochs", "0", "--out", tmp_path)
+    assert [line["step"] for line in log(tmp_path)] == [0]
+
+
 def test_what_does_not_forbid_a_run(tmp_path, capsys, monkeypatch):
     """The shell's own log in --out, no locks, other threads, another machine's versions."""
     out = tmp_path / "run"
@@ -1241,10 +1303,14 @@ def test_what_does_not_forbid_a_run(tmp_path, capsys, monkeypatch):
     config["versions"]["torch"] = "1.0"
     (out / "config.json").write_text(json.dumps(config))
     main(*flags, "--threads", threads + 1)
-    torch.set_num_threads(threads)
     assert "resumed with other versions, threads than before" in capsys.readouterr().out
+    main(*flags, "--threads", threads + 2)
+    assert "resumed with other threads than before" in capsys.readouterr().out
+    main(*flags, "--threads", threads + 2)              # all known by now
+    torch.set_num_threads(threads)
+    assert "resumed with other" not in capsys.readouterr().out
     resumed = json.loads((out / "config.json").read_text())["resumed"]
-    assert resumed["threads"] == threads + 1 and resumed["versions"]["torch"] == torch.__version__
+    assert resumed["threads"] == threads + 2 and resumed["versions"]["torch"] == torch.__version__
     code = "import sys; sys.modules['fcntl'] = None; from byol import collapse_metrics"
     subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
@@ -1255,6 +1321,8 @@ def test_what_does_not_forbid_a_run(tmp_path, capsys, monkeypatch):
     (dict(WORLD_SIZE="2", MASTER_PORT="99999"), "MASTER_PORT"),
     (dict(WORLD_SIZE="2", MASTER_ADDR=""), "MASTER_ADDR"),
     (dict(WORLD_SIZE="8"), "two images"), (dict(WORLD_SIZE="3"), "does not divide"),
+    (dict(WORLD_SIZE="8", norms="--enc-norm gn --proj-norm none --pred-norm bn"), "two images"),
+    (dict(WORLD_SIZE="8", norms="--enc-norm gn --proj-norm bn --pred-norm none"), "two images"),
 ])
 def test_what_another_launcher_left(left, word, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(byol, "RANK", 0)
@@ -1262,9 +1330,10 @@ def test_what_another_launcher_left(left, word, capsys, monkeypatch, tmp_path):
     given = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
     if word == "RANK":                  # by something else than torchrun
         given = {}
+    norms = left.get("norms", "").split()
     for name, value in {**given, **left}.items():
         monkeypatch.setenv(name, value)
-    assert word in refused(capsys, 2, *TINY, "--out", tmp_path)
+    assert word in refused(capsys, 2, *TINY, *norms, "--out", tmp_path)
 
 
 def test_out_of_memory(tmp_path):
@@ -1359,14 +1428,21 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
         flags = [word for word in words if word.startswith("--")]
         assert len(flags) == len(set(flags)) and ("fashion-mnist" in words) == ("/fashion-" in words[-1])
         assert python == "python" and (HERE / script).exists()
-        assert byol.parse_arguments(words[script in ("results/harm.py", "results/clip.py") :]).steps == 7
+        args = byol.parse_arguments(words[script in ("results/harm.py", "results/clip.py") :])
+        name = words[-1]
+        assert args.steps == 7
+        told = re.search(r"-(sgd|lars|adamw)-([\d.]+(e-\d)?)-[^@]*$", name)           # names tell the flags
+        assert not told or (args.opt, args.lr) == (told[1], float(told[2])), name
+        told = re.search(r"-clip-([\d.]+)-(code|paper)-", name)
+        assert not told or args.clip == float(told[1]), name
     one = run_all("--list", "gn-none-lars-0.5").stdout.splitlines()
     assert len(one) == 2 and all("--lr 0.5" in command for command in one)
     run = run_all("--list", "C4", "--", "--lr-mult", "layer[1]=2 ", DATA="folder:a b", OUT="c d")
     words = shlex.split(run.stdout)
     assert words[-3:] == ["c d/gn-none-sgd-paper-s0", "--lr-mult", "layer[1]=2 "] and "folder:a b" in words
-    for arguments in (["C9"], [".*"], [""], ["-x"], ["--", "--seed", "7"]):
-        run = run_all(*arguments, "--list")
+    taken = [["C4", "--", flag, "7"] for flag in ("--seed", "--steps", "--out")]
+    for arguments in (["C9"], [".*"], [""], ["-x"], *taken):
+        run = run_all("--list", *arguments)
         assert run.stderr.startswith("run_all.sh: ") and run.returncode == 2
     head = (HERE / "run_all.sh").read_text().split("\n\n")[0].splitlines()[1:]
     assert run_all("--help").stdout == "".join(line[2:] + "\n" for line in head)
@@ -1453,6 +1529,11 @@ def test_run_all_says_how_long_it_takes(tmp_path):
     minutes = [int(n) for n in re.findall(r"(\d+) minutes left", run.stdout)]
     rest = (total - 6000) / 6000
     assert rest * 3 // 60 - 1 <= minutes[0] <= rest * 5 / 60 and minutes[-1] == 0
+
+
+def test_run_all_names_all_that_failed(tmp_path):
+    run = run_all("C4", OUT=str(tmp_path / "out"), PATH=fake(tmp_path, python="exit 3"))
+    assert re.findall(r"(\w+)-s0 \(exit status 3\)", run.stderr) == ["code", "paper"] and run.returncode == 1
 
 
 def test_run_all_does_not_take_another_run_for_finished(folder, tmp_path):
@@ -1606,7 +1687,8 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path):
 
 
 def test_the_gradient_is_clipped_early_late_or_scaled(tmp_path, monkeypatch):
-    """By clip.py: up to STEP the log is that of a run always clipped, or never, and then it is not."""
+    """By clip.py: up to STEP the log is that of a run always clipped, or never, and then it is not. Scaled to
+    a norm that no gradient has, another one from the first step on."""
     flags = [*TINY, *GN.split(), *"--steps 6 --log-every 1 --out".split()]
     main(*flags, tmp_path / "never")
     main(*flags, tmp_path / "always", "--clip", "0.1")
@@ -1617,6 +1699,10 @@ def test_the_gradient_is_clipped_early_late_or_scaled(tmp_path, monkeypatch):
         main(*flags, tmp_path / what, "--clip", "0.1")
         same = [a == b for a, b in zip(log(tmp_path / what), log(tmp_path / before), strict=True)]
         assert same[:6] == [True] * 5 + [False]     # random features, steps 1 to 4; step 5
+    command = [sys.executable, HERE / "results" / "clip.py", "scaled", *flags]
+    subprocess.run([*command, tmp_path / "scaled", "--clip", "99"], check=True)
+    same = [a == b for a, b in zip(log(tmp_path / "scaled"), log(tmp_path / "never"), strict=True)]
+    assert same[0] and not any(same[2:])
     for scale in (1e-3, 1e3):
         layer = nn.Linear(3, 4)
         (scale * layer(torch.ones(2, 3)).square()).sum().backward()
@@ -1646,15 +1732,16 @@ DISTANCES = {  # at steps 1 to 100
     "down": [0.5] * 2 + [1e-6] * 98,
     "down-late": [0.5] * 60 + [1e-6] * 40,
     "back": [0.5] * 2 + [1e-6] * 58 + [0.1] * 40,
-    "back-far": [0.5] * 2 + [1e-6] * 8 + [0.6] * 90,
+    "far": [0.5] * 2 + [1e-6] * 8 + [0.6] * 90,
     "down-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
     "back-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 20 + [0.1] * 20,
 }
 # Of each claim's runs, in the order of report.CLAIMS: DISTANCES, accuracy (random features: 20), and `flat`
-# where neither the loss nor anything in the layers changes. The first bears the claim out, the others do not.
+# where neither the loss nor anything in the layers changes, `half` where gradients fall to no tenth. The
+# first bears the claim out, the others do not.
 EVIDENCE = """
 C1,D1 back 40 | down 40 | back 21 | back 40 flat | healthy 30
-C2,C3 healthy 40, back 30 | healthy 30, back 40 | back 40, back 30
+C2,C3 healthy 40, back 30 | healthy 30, back 40 | back 40, back 30 | healthy 40, healthy 40
 C4,C7 down 20 | down-late 20 | back 20 | healthy 20
 C5,B3 healthy 40 | back 40 | healthy 21 | down 30
 C6  back 30, healthy 40 | down 30, healthy 40 | back 50, healthy 40 | healthy 30, healthy 40
@@ -1662,21 +1749,21 @@ D2  down-again 30 | down 30
 D3  down 20, down 20 | back 20, down 20
 D4  back 30 | back 30 flat | down 30
 D5  back-again 30 | back 30 | down-again 30
-D6  back 30 | back 30 flat | healthy 30
-D7  back-far 30, healthy 30, down 30 | back 30, back-far 30, down 30 | healthy 30, healthy 30, healthy 30
+D6  back 30 | back 30 flat | healthy 30 | back 30 half
+D7  far 30, down 3, down 3 | back 30, far 30, down 3 | healthy 30, down 3, down 3 | far 21, down 3, down 3
 D8  down 20 | down-again 20
 D9  down-again 20 | down 20 | back 20
-D10 back 30, down-late 20 | back 30, back 20 | down-again 30, down 20
+D10 back 30, down-late 20 | back 30, back 20 | down-again 30, down 20 | back 30, down 20
 B1,B2 down 20 | down 30
 B4  healthy 30, healthy 30 | healthy 30, down 30
 B5  down 30 | healthy 30
-X1  healthy 31, healthy 40 | healthy 29, healthy 40 | down 31, healthy 40
+X1  healthy 31, healthy 40 | healthy 29, healthy 40 | down 31, healthy 40 | healthy 21, healthy 22
 """
 
 
 def write_run(folder, ending, run, lr=0.2):
     """A run's folder, NAME and `ending`, as EVIDENCE describes it."""
-    name, distances, accuracy, *flat = run.split()
+    name, distances, accuracy, *other = run.split()
     out = folder / (name + ending)
     out.mkdir(parents=True)
     flags = dict(steps=100, seed=int(ending.rpartition("s")[2] or 0), lr=lr, weight_decay=1e-4, warmup=0.1)
@@ -1685,11 +1772,13 @@ def write_run(folder, ending, run, lr=0.2):
     lines = [dict(step=0, accuracy=20, state="untrained")]
     for step, distance in enumerate(DISTANCES[distances], 1):
         values = dict(grad_norm=1.0, lars_rate=0.01, max_over_rms=5.0)
-        if not flat:            # the appendix's: vanishing gradients, exploding rates, a few large weights
+        if other != ["flat"]:   # the appendix's: vanishing gradients, exploding rates, a few large weights
             peak = 10.0 if distance < 0.01 else 5.0
             values = dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=peak)
+        if other == ["half"]:
+            values["grad_norm"] = max(distance, 0.25)
         layers = dict.fromkeys(("layer1", "projection", "prediction"), values)
-        loss = 1.0 if flat else distance
+        loss = 1.0 if other == ["flat"] else distance
         line = dict(step=step, loss=loss, rep_dist=distance, neg_cos=1 - distance, common=0.1)
         lines.append(dict(line, q_norm=1.0, live=[1.0, distance], layers=layers))
     lines.append(dict(step=100, accuracy=int(accuracy), state=""))
@@ -1715,6 +1804,7 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
         assert verdict(f"fails{i}", runs)[:4] == ("not run", "0 of 1", "no", "none of 0 tried")
     outcome = (yes, "") if claim == "D2" else ("no", "none of 0 tried")
     assert verdict("several", fails[0], holds, fails[0])[:4] == ("not run", "1 of 3", *outcome)
+    assert verdict("even", fails[0], holds)[1:3] == ("1 of 2", outcome[0])
     flips = "half the rate, paper's form: 1 of 1; of 1 tried"
     assert verdict("fails0", holds, switch="@half-the-rate")[2:4] == ("changed", flips)
     flips = "twice the rate, paper's form: 2 of 2; of 2 tried"                  # tried in more seeds
@@ -1749,12 +1839,14 @@ def test_lars_alone_can_hold_and_be_refuted(learning, outcome, tmp_path):
 
 def test_what_is_printed_of_a_folder(tmp_path, capsys):
     write_run(tmp_path, "-code-s0", "gn-none-lars-0.2 back 40")
+    write_run(tmp_path, "-code-s1", "gn-none-lars-0.2 down-again 40")
     cut_off = write_run(tmp_path, "-code-s0", "gn-none-sgd down 20") / "metrics.jsonl"
     cut_off.write_text("\n".join(cut_off.read_text().splitlines()[:50]) + "\n")
     report.main([str(tmp_path)])
     output = capsys.readouterr().out
     row = "| gn-none-lars-0.2-code-s0 | recovered | collapsed at 3, recovered at 61 | 20.0 | 40.0 |  |"
-    assert row in output and "C4:" not in output        # of a run that is not finished there is no verdict
+    assert row in output and "| collapsed at 3, recovered at 31, collapsed at 61 |" in output
+    assert "C4:" not in output        # of a run that is not finished there is no verdict
 
 
 def test_two_seeds_say_nothing_on_lars_alone(tmp_path):
@@ -1775,6 +1867,15 @@ def test_panels_show_what_their_axes_say(tmp_path):
     for place, (panel, value) in zip(places, keys.items(), strict=True):
         shown = place.lines[0]
         assert [*shown.get_xdata()] == [*lines] and [*shown.get_ydata()] == [value(x) for x in lines.values()]
+
+
+def test_a_map_shows_the_last_distances(tmp_path):
+    for name, how in (("map-sgd-0.1-1e-4", "back"), ("map-sgd-0.2-1e-4", "down")):
+        write_run(tmp_path, "-paper-s0", f"{name} {how} 30", float(name.split("-")[2]))
+    place = report.Figure().subplots()
+    shown = report.draw_map(place, report.load(tmp_path), report.MAPS[1]).get_array().tolist()
+    assert shown == [[pytest.approx(-1), pytest.approx(-6)]]
+    assert [text.get_text() for text in place.texts] == ["recovered", "collapsed"]
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):

@@ -562,7 +562,7 @@ MAPS = [
 
 def draw_map(place, runs, kind):
     """The last distance by rate and a flag, as a colour, and how the runs end, in words unless healthy."""
-    names = {name_of(key) for key in runs}
+    names = dict.fromkeys(map(name_of, runs))
     cells = {}
     for name in filter(re.compile(f"({kind.begin}).*{kind.form}").fullmatch, names):
         group = seeds(runs, name)
