@@ -425,7 +425,7 @@ LIMITS = {"common": COMMON, "length": LONG}
 # Okabe and Ito's and one of Tol's, which the colour-blind can tell apart: one for each set-up in all figures.
 COLOURS = {"BN everywhere": "#000000", "SGD": "#d55e00", "SGD, warm-up": "#e69f00", "SGD, clipped": "#0072b2",
            "LARS on all": "#009e73", "LARS on weights": "#882255", "AdamW": "#56b4e9", "harmed": "#666666"}
-SHADES = (("-", 1), ("--", 0.5), (":", 0.2), ("-.", 0.75))    # of one set-up's lines: style, part of its colour
+SHADES = (("-", 1), ("--", 0.5), (":", 0.2), ("-.", 0.75))      # of one set-up's lines: style, part of colour
 
 
 def set_up(run):
@@ -831,6 +831,46 @@ def remedies(runs):
     return table(header, rows)
 
 
+STEP_LENGTHS = (0, 0.003, 0.01, 0.03, 0.1, 0.3, math.inf)
+
+
+def longest_step(flags):
+    """Rate times clip, free of the rounding of that product."""
+    return round(flags["lr"] * flags["clip"], 9)
+
+
+def cells_by_clip(runs):
+    """Of the map of rate and clip, the clipped runs of seed 0."""
+    return [run for name, run in runs.items() if name.startswith("map-clip-") and run.flags["seed"] == 0]
+
+
+def by_longest_step(runs):
+    """A table: how the map's runs end, by rate times clip."""
+    rows = []
+    for least, most in itertools.pairwise(STEP_LENGTHS):
+        group = [run for run in cells_by_clip(runs) if least < longest_step(run.flags) <= most]
+        if group:
+            counts = [sum(run.state == state for run in group) for state in STATES]
+            words = f"up to {most:g}" if most < math.inf else f"over {least:g}"
+            rows.append([words, *counts, sum(run.learns for run in group), fact(group, "distance")])
+    return table(["rate times clip", *STATES, "gain two points", "last distance"], rows)
+
+
+def order_of_collapses(runs):
+    """In words: of how many pairs of a collapsed cell and another the collapsed one has the larger product of
+    rate and clip, the larger clip, the larger rate; a tie is half a pair."""
+    cells = cells_by_clip(runs)
+    rules = {"rate times clip": longest_step, "the clip": lambda flags: flags["clip"],
+             "the rate": lambda flags: flags["lr"]}
+    pairs = [(one.flags, other.flags) for one in cells for other in cells
+             if one.state == "collapsed" and other.state != "collapsed"]
+    words = []
+    for name, value in rules.items():
+        right = sum((value(one) > value(other)) + (value(one) == value(other)) / 2 for one, other in pairs)
+        words.append(f"{name} {100 * right / max(1, len(pairs)):.0f} %")
+    return ", ".join(words)
+
+
 def usual_end(group):
     return Counter(run.state for run in group).most_common(1)[0][0]
 
@@ -897,6 +937,8 @@ def facts_of(runs):
         "early sign": count("sign", [run for run in bare.values() if run.collapses], announced),
         "remedies": remedies(runs),
         "both widths": both_widths(runs),
+        "longest steps": by_longest_step(runs),
+        "order of collapses": order_of_collapses(runs),
         "claims at both widths": claims_at_both_widths(runs),
         "verdicts": table(header, rows),
         "tries": "".join(tries),
