@@ -35,8 +35,9 @@ COMMON = 0.4            # part of what varies in z that both views have in commo
 LONG = 100              # mean length of q, which is 0.7 at the start
 
 
-SCALES = {"map": "maps", "wide": "full width", "fashion": "Fashion-MNIST"}      # by how a run's name begins
-SAMPLES = ("seeds 0 to 2", "other seeds", *SCALES.values())
+# By how a run's name begins.
+SCALES = {"map": "of maps", "wide": "at full width", "fashion": "of Fashion-MNIST"}
+SAMPLES = ("of seeds 0 to 2", "of other seeds", *SCALES.values())
 
 # ------------------------------------------------------------------------ runs
 def read_log(folder):
@@ -145,7 +146,7 @@ def seeds(runs, name):
 
 def at_full_width(runs):
     """The runs of width 64, under the names of those of width 8."""
-    return {name.removeprefix("wide-"): run for name, run in runs.items() if run.scale == "full width"}
+    return {name.removeprefix("wide-"): run for name, run in runs.items() if run.scale == "at full width"}
 
 
 # ------------------------------------------------------------------------ rules
@@ -425,7 +426,7 @@ LIMITS = {"common": COMMON, "length": LONG}
 # Okabe and Ito's and one of Tol's, which the colour-blind can tell apart: one for each set-up in all figures.
 COLOURS = {"BN everywhere": "#000000", "SGD": "#d55e00", "SGD, warm-up": "#e69f00", "SGD, clipped": "#0072b2",
            "LARS on all": "#009e73", "LARS on weights": "#882255", "AdamW": "#56b4e9", "harmed": "#666666"}
-SHADES = (("-", 1), ("--", 0.5), (":", 0.2), ("-.", 0.75))      # of one set-up's lines: style, part of colour
+SHADES = (("-", 0), ("--", -0.6), (":", -0.9), ("-.", 0.5))     # of one set-up's lines: darker, lighter
 
 
 def set_up(run):
@@ -451,8 +452,9 @@ def looks(runs, names):
     used, chosen = Counter(), {}
     for label, name in names.items():
         kind = set_up(seeds(runs, name)[0])
-        style, part = SHADES[used[kind] % len(SHADES)]
-        chosen[label] = [part * channel for channel in to_rgb(COLOURS[kind])], style
+        style, shade = SHADES[used[kind] % len(SHADES)]
+        mixed = [(shade > 0) * abs(shade) + (1 - abs(shade)) * channel for channel in to_rgb(COLOURS[kind])]
+        chosen[label] = mixed, style
         used[kind] += 1
     return chosen
 
@@ -538,7 +540,7 @@ def draw_scores(runs):
     picture = Figure((8, 4))
     place = picture.subplots()
     norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN", "none": "none"}
-    bare = [run for run in runs.values() if run.is_bare and run.scale in ("", "maps")]
+    bare = [run for run in runs.values() if run.is_bare and run.scale in ("", "of maps")]
     for (norm, label), colour in zip(norms.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
         chosen = [run for run in bare if run.flags["enc_norm"] == norm]
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
@@ -604,6 +606,7 @@ FIGURES = {
         "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
         "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
         "GroupNorm, no MLP norm, SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
+        "GroupNorm, no MLP norm, SGD 0.8, clipped to 0.1": "gn-none-sgd-0.8-clip-0.1-code",
         "no norm anywhere, SGD 0.2, clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
         "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
         "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
@@ -773,7 +776,7 @@ def fact(runs, key):
 
 def sample(run):
     """Which of SAMPLES it is among: rules were found on seeds 0 to 2."""
-    return run.scale or ("seeds 0 to 2" if run.flags["seed"] < 3 else "other seeds")
+    return run.scale or ("of seeds 0 to 2" if run.flags["seed"] < 3 else "of other seeds")
 
 
 def announced(run):
@@ -814,7 +817,8 @@ def warnings(runs):
             collapsed = [run for run in group if run.state == "collapsed"]
             both = sum(run.state == "collapsed" for run in warned)
             if group:
-                rows.append([warning, which, f"{both} of {len(warned)}", f"{both} of {len(collapsed)}"])
+                counts = f"{both} of {len(warned)}", f"{both} of {len(collapsed)}"
+                rows.append([warning, f"{len(group)} {which}", *counts])
     return table(["warning", "runs", "of those with it end collapsed", "of those collapsed had it"], rows)
 
 
@@ -827,8 +831,8 @@ def remedies(runs):
         ends = [f"{states[state]} of {len(group)}" for state in ("collapsed", "recovered")]
         scores = fact(group, "accuracy"), fact(group, "random")
         rows.append([label, *ends, *scores, fact(wide, "ends")])
-    header = ["norms, optimizer", "collapsed", "recovered", "accuracy %", "random features %", "width 64"]
-    return table(header, rows)
+    scores = ["accuracy %", "random features %"]
+    return table(["norms, optimizer", "ended collapsed", "ended recovered", *scores, "width 64"], rows)
 
 
 STEP_LENGTHS = (0, 0.003, 0.01, 0.03, 0.1, 0.3, math.inf)
