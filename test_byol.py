@@ -1970,7 +1970,11 @@ def test_readme_snippets_run(folder, tmp_path, monkeypatch):
     assert names["model"].eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 512)
 
 
-def test_readmes_first_table_is_the_pages():
+def test_readmes_answer_is_the_pages():
+    words = r"(\d+) hold .*?(\d+) with one\s+thing changed[,;]\s+(\d+) do not"
+    counts = [re.search(words, path.read_text(), re.S)
+              for path in (HERE / "README.md", HERE / "results" / "README.md")]
+    assert counts[0].groups() == counts[1].groups()
     rows = (HERE / "results" / "README.md").read_text().splitlines()
     first = next(i for i, row in enumerate(rows) if row.startswith("| BN everywhere"))
     table = list(itertools.takewhile(lambda row: row.startswith("|"), rows[first:]))
