@@ -74,17 +74,20 @@ NOT_THE_RUN = ("out", "data_dir", "download")                   # flags that do 
 
 def within(kind, low, high=10**9):
     """An argparse type: a `kind` in [low, high]."""
-    def number(text):                   # a name that argparse shows: invalid number value
+    def number(text):
         value = kind(text)
         if low <= value <= high:
             return value
         raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
+    number.__name__ = "whole number" if kind is int else "number"
     return number
 
 
 def regex_factor(text):
     """[regular expression, factor], a list as config.json will have it."""
-    regex, factor = text.rsplit("=", 1)
+    regex, has_factor, factor = text.rpartition("=")
+    if not has_factor:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=FACTOR")
     return [regex, within(float, 0)(factor)]
 
 
@@ -183,8 +186,9 @@ def join_processes(args):
         return
     for name in LAUNCHER:
         value = os.environ.get(name, "")
-        is_right = value if name == "MASTER_ADDR" else value.isdecimal() and int(value) < 2**16
-        if not is_right:
+        least = 1 if name == "MASTER_PORT" else 0
+        is_number = value.isdecimal() and least <= int(value) < 2**16
+        if not (value if name == "MASTER_ADDR" else is_number):
             stop(2, f"WORLD_SIZE is set, but {name} is {value or 'not'}: use torchrun, or unset WORLD_SIZE")
     RANK, WORLD, gpu = (int(os.environ[name]) for name in LAUNCHER[:3])
     has_bn = "bn" in (args.enc_norm, args.proj_norm, args.pred_norm)
@@ -205,6 +209,7 @@ def join_processes(args):
         torch.cuda.set_device(gpu)      # before the group is made, or all would take the first GPU
     elif has_bn:
         print("BN on several CPU processes: each takes the statistics of its own images")
+    print(f"{WORLD} processes meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", flush=True)
     patience = datetime.timedelta(hours=3)              # while process 0 decodes or evaluates
     dist.init_process_group("gloo" if args.device == "cpu" else "cpu:gloo,cuda:nccl", timeout=patience)
 
@@ -306,6 +311,8 @@ def find_white(paths):
             if image.mode == "F":
                 whites = [1, 255, 4095, 65535]
             low, high = min(low, values.min()), max(high, values.max())
+    if 1 in whites and 1 < high < DARK:
+        raise ValueError(f"floats up to {high:g}, neither of 0 to 1 nor of 0 to 255; clip them")
     fitting = [white for white in whites if low >= 0 and high <= white]
     if not fitting:
         raise ValueError(f"images with values from {low:g} to {high:g}; save them with 8 bits a channel")
@@ -317,6 +324,8 @@ def find_white(paths):
 def read_image(path, white):
     """The image as RGB, upright, with `white` as white where it is deep."""
     with opened(path) as image:
+        if max(image.size) > 100 * min(image.size):
+            raise ValueError(f"it is {image.width} x {image.height}, too thin to be cropped to a square")
         image = ImageOps.exif_transpose(image)
         if is_deep(image):
             image = Image.fromarray(np.rint(np.asarray(image) * (255 / white)).astype(np.uint8))
@@ -351,7 +360,7 @@ def find_images(root):
 def open_folder(root):
     """The Source of root/train/CLASS/*, root/unlabeled/* if there is one, and root/test/CLASS/*."""
     if not os.path.isdir(root):
-        raise OSError(f"{root or 'that'} is no folder")
+        raise OSError(f"{root or 'the empty name'} is no folder")
     found, left_out = find_images(root)
     train, test, unlabeled = {}, {}, []                 # {class: paths}
     for path in found:
@@ -365,7 +374,8 @@ def open_folder(root):
             left_out += 1
     alone = {"train": train.keys() - test.keys(), "test": test.keys() - train.keys()}
     if any(alone.values()):
-        differ = [f"in {split} alone {', '.join(sorted(names))}" for split, names in alone.items() if names]
+        some = {split: ", ".join(sorted(names)[:9]) for split, names in alone.items() if names}
+        differ = [f"in {split} alone {names}" for split, names in some.items()]
         raise OSError(f"the classes differ: {'; '.join(differ)}")
     if len(train) < 2:
         endings = ", ".join(datasets.folder.IMG_EXTENSIONS)
@@ -459,20 +469,26 @@ def load_decoded(source, args):
     """The Images of a Source, decoded once into --data-dir and mapped from there. Square ones of one size
     stay as they are, or become twice --size, for crops to choose from; others are cropped to --size."""
     side = min(*source.sides, 2 * args.size) if len(source.sides) == 1 else args.size
-    digest = hashlib.sha256(repr((EDITION, args.data, side, source.file_stats)).encode()).hexdigest()[:16]
+    digest = digest_of(repr((EDITION, args.data, side, source.file_stats)).encode())
     path = Path(args.data_dir, "decoded", f"{digest}.npy")
     shape = (len(source.train_labels) + len(source.test_labels), 3, side, side)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for half in path.parent.glob("*.part"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            stop(2, f"--data-dir {args.data_dir}: {error.strerror}")
+        for half in halves(path):
             if time.time() - half.stat().st_mtime > 3600:       # no living process writes it
                 half.unlink(missing_ok=True)
         write_whole(path, decode(source, side))
     try:
-        pixels = torch.from_numpy(np.load(path, mmap_mode="c"))
-        train, test = pixels.view(shape).split([len(source.train_labels), len(source.test_labels)])
-    except (ValueError, EOFError, RuntimeError):
+        pixels = np.load(path, mmap_mode="c")
+        is_whole = (pixels.dtype, pixels.shape) == (np.uint8, shape)
+    except Exception:                   # numpy raises nearly anything on a damaged file
+        is_whole = False
+    if not is_whole:
         stop(1, f"{path} is damaged; remove it")
+    train, test = torch.from_numpy(pixels).split([len(source.train_labels), len(source.test_labels)])
     tell_blank(train)
     labels = torch.as_tensor(source.train_labels)
     return Images(train, labels[labels >= 0], test, torch.as_tensor(source.test_labels), digest)
@@ -706,10 +722,10 @@ def collapse_metrics(y1, z1, y2, z2):
         shapes = ", ".join(str(tuple(t.shape)) for t in (y1, z1, y2, z2))
         raise ValueError(f"y and z of two views, (N, d) each with N at least 2, are wanted, not {shapes}")
     y1, z1, y2, z2 = (t.float() for t in (y1, z1, y2, z2))
-    z_norm = torch.cat([z1, z2]).norm(dim=1).mean()
-    if not all(t.isfinite().all() for t in (y1, y2, z_norm)):
+    y_norm, z_norm = (torch.cat(pair).norm(dim=1).mean() for pair in ((y1, y2), (z1, z2)))
+    if not y_norm.isfinite() or not z_norm.isfinite():
         raise Diverged("y or z is not finite: the run diverged; try a lower --lr, or --clip")
-    y1, z1, y2, z2 = (F.normalize(t, eps=1e-30) for t in (y1, z1, y2, z2))
+    y1, z1, y2, z2 = (F.normalize(t, eps=1e-19) for t in (y1, z1, y2, z2))      # squares underflow below
     between = z1.var(0).sum() + z2.var(0).sum()     # mean squared distance of two images: twice the variance
     within_pair = (z1 - z2).square().sum(1).mean()  # and of the two views of one image
     spectrum = torch.linalg.svdvals(y1)
@@ -875,6 +891,11 @@ def write_whole(path, chunks):
         Path(half).unlink(missing_ok=True)
 
 
+def halves(path):
+    """What killed processes left of writing `path`."""
+    return path.parent.glob(f"{path.name}.{'[0-9a-f]' * 12}.part")
+
+
 def save(content, path):
     buffer = io.BytesIO()               # torch's own writer meets a full disk with an abort
     torch.save(content, buffer)
@@ -911,8 +932,16 @@ def describe(args, digest):
         "gpu": None if args.device == "cpu" else torch.cuda.get_device_name(args.device),
         "tf32": args.device != "cpu",
         "cpu": cpu[1] if cpu else platform.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": output_of(*git, "describe", "--always", "--abbrev=40", "--dirty"),
     }
+
+
+def digest_of(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+WRITTEN = ("config.json", "checkpoint.pt", "encoder.pt")        # whole files; metrics.jsonl grows
 
 
 class RunFolder:
@@ -939,12 +968,12 @@ class RunFolder:
             stop(2, f"--out {self.out}: {error.strerror}")
         if not lock(self.log):
             stop(1, f"--out {self.out}: another process is at this run")
-        for half in self.out.glob("*.part"):            # which a killed process was writing
-            half.unlink(missing_ok=True)
         if self.path("config.json").exists():
             self.compare(config)
+            for half in itertools.chain(*map(halves, map(self.path, WRITTEN))):
+                half.unlink(missing_ok=True)
             return
-        for name in ("metrics.jsonl", "checkpoint.pt", "encoder.pt"):
+        for name in ("metrics.jsonl", *WRITTEN):
             if self.path(name).exists() and self.path(name).stat().st_size > 0:
                 stop(2, f"--out {self.out}: it holds {name}, but no config.json")
         self.write_config(config)
@@ -960,45 +989,53 @@ class RunFolder:
         path = self.path("config.json")
         try:
             first = json.loads(path.read_text())
-            flags = dict(first["flags"])
-        except (ValueError, LookupError, TypeError):
+            flags, resumed = dict(first["flags"]), dict(first.get("resumed", {}))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             stop(1, f"{path} is damaged; remove the folder to start again")
         for name, value in config["flags"].items():
             if value != flags.get(name) and name != "threads":
                 has = f"{name} {flags.get(name)}, not {value}"
                 stop(2, f"--out {self.out}: its run has {has}; give another --out")
-        now = {name: config[name] for name in ("versions", "gpu", "cpu", "commit")}
+        now = {name: config[name] for name in ("versions", "gpu", "cpu", "cpu_capability", "commit")}
         now["threads"] = config["flags"]["threads"]
-        before = {**first, "threads": flags.get("threads"), **first.get("resumed", {})}
+        before = {**first, "threads": flags.get("threads"), **resumed}
         changed = {name: value for name, value in now.items() if value != before.get(name)}
         if changed:
             print(f"resumed with other {', '.join(changed)} than before: the bits may differ")
-            first["resumed"] = first.get("resumed", {}) | changed
+            first["resumed"] = resumed | changed
             self.write_config(first)
+
+    def log_until(self, n):
+        """The first n bytes of the log."""
+        return self.path("metrics.jsonl").read_bytes()[:n]
 
     def is_finished(self):
         last = rb'{"step": %d, "accuracy.*}\n' % self.steps
-        return bool(re.search(last, self.path("metrics.jsonl").read_bytes()))
+        ended = bool(re.search(last, self.path("metrics.jsonl").read_bytes()))
+        if ended and RANK == 0 and not self.path("encoder.pt").exists():
+            stop(1, f"--out {self.out} holds this run, finished, but no encoder.pt; remove it to run again")
+        return ended
 
     def load(self, parts):
         """Fill `parts`, {name: network or optimizer}, from the checkpoint, if there is one, and cut the log
         to it. Returns the run's progress. There is no generator to restore: what is random in a step depends
         on seed and step alone."""
-        path, progress = self.path("checkpoint.pt"), {"step": 0, "state": "untrained", "log_bytes": 0}
+        path = self.path("checkpoint.pt")
+        progress = {"step": 0, "state": "untrained", "log_bytes": 0, "log_digest": digest_of(b"")}
         if path.exists():
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
                 for name, part in parts.items():
                     part.load_state_dict(content[name])
                 progress.update(content["progress"])
-                progress["first"]           # which older versions had not
+                content["progress"]["log_digest"]       # which older versions had not
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:      # torch raises nearly anything on a damaged or foreign file
                 stop(1, f"{path}: cannot resume ({repr(error)[:100]}); if damaged, remove it")
         if RANK == 0:
-            if self.log.seek(0, os.SEEK_END) < progress["log_bytes"]:
-                stop(1, f"{self.log.name} is shorter than at the last checkpoint; remove the folder")
+            if digest_of(self.log_until(progress["log_bytes"])) != progress["log_digest"]:
+                stop(1, f"{self.log.name} is not the log that {path.name} goes on from; remove the folder")
             self.log.truncate(progress["log_bytes"])
             self.log.seek(progress["log_bytes"])        # tell() goes by it
         return progress
@@ -1020,6 +1057,7 @@ class RunFolder:
             return
         os.fsync(self.log.fileno())
         progress["log_bytes"] = self.log.tell()
+        progress["log_digest"] = digest_of(self.log_until(progress["log_bytes"]))
         states = {name: part.state_dict() for name, part in parts.items()}
         save({**states, "progress": progress}, self.path("checkpoint.pt"))
 
@@ -1239,7 +1277,7 @@ def main(argv):
         sys.stdout = open(os.devnull, "w")
         stop(1, f"nobody reads standard output any more; {again}")
     except OSError as error:
-        stop(1, f"{error.filename or 'the disk'}: {error.strerror or error}")
+        stop(1, f"{error.filename or 'the disk or standard output'}: {error.strerror or error}")
     except Diverged as error:
         stop(1, error)
     except (RuntimeError, MemoryError) as error:
@@ -1251,7 +1289,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # names of files, on a terminal of ASCII
+    if sys.stdout:                      # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")       # names of files, on a terminal of ASCII
     main(sys.argv[1:])
     if WORLD > 1:
         dist.destroy_process_group()    # whose threads can otherwise abort a process at its exit

@@ -35,6 +35,13 @@ class LARS(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         """As torch's; ValueError for a setting out of range, or if two parameters have one name."""
         super().add_param_group(param_group)
+        try:
+            self._check()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self):
         group = self.param_groups[-1]
         for name in ("lr", "momentum", "weight_decay", "eta"):
             if not 0 <= group[name] < math.inf:
@@ -82,10 +89,14 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
+def widened(t):
+    """In 16 bits a norm would soon be infinite."""
+    return t.float() if t.element_size() == 2 else t
+
+
 def local_rates(params, grads, eta, weight_decay):
     """The local rate of each parameter, a tuple of 0-d tensors (You et al. 2017, equation 6)."""
-    w = torch.stack(torch._foreach_norm(params))
-    g = torch.stack(torch._foreach_norm(grads))
+    w, g = (torch.stack(torch._foreach_norm(list(map(widened, ts)))) for ts in (params, grads))
     ratios = eta * w / (g + weight_decay * w)
     defined = (w > 0) & (g > 0)
     return torch.where(defined, ratios, 1.0).unbind()

@@ -206,7 +206,9 @@ IFS=, read -ra gpus <<<"$GPUS"
 jobs=$(getconf _NPROCESSORS_ONLN)
 [[ " $* " != *" cuda "* || -z $GPUS ]] || jobs=${#gpus[@]}
 for number in "${JOBS:=$jobs}" "${STEPS:=0}" ${SEEDS:=0}; do
-    case $number in '' | 0?* | *[!0-9]*) usage "JOBS, STEPS, SEEDS: '$number' is no whole number" ;; esac
+    case $number in
+    '' | 0?* | *[!0-9]* | ??????????*) usage "JOBS, STEPS, SEEDS: '$number' is no whole number up to nine digits" ;;
+    esac
 done
 [[ $JOBS -gt 0 && $SEEDS == *[0-9]* ]] || usage "JOBS is at least 1, and SEEDS at least one number"
 export OUT=${OUT:-runs} GPUS
@@ -260,11 +262,12 @@ run_one() {
 
 [ -z "$list" ] || { runs "$@" | cut -f 3; exit; }
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    [[ $SLURM_ARRAY_TASK_ID =~ ^(0|[1-9][0-9]{0,8})$ ]] || usage "SLURM_ARRAY_TASK_ID is '$SLURM_ARRAY_TASK_ID'"
     command=$(runs "$@" | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" | cut -f 3)
     [ -n "$command" ] || usage "element $SLURM_ARRAY_TASK_ID of $(runs "$@" | wc -l) runs, counted from 0"
     eval "exec $command"
 fi
-mkdir -p "$OUT" || exit 1
+mkdir -p -- "$OUT" 2>/dev/null && [ -w "$OUT" ] || usage "OUT: nothing can be written to '$OUT'"
 trap 'echo "stopped; the same command resumes"; exit 130' INT
 read -r total left < <(runs "$@" | awk -F '\t' '{n++; steps += $2} END {print n, steps}')
 echo "$total runs, $left steps, $JOBS at a time. Ctrl-C stops them, the same command resumes; STEPS=300 is a quick look."

@@ -39,7 +39,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import byol
 import lars
 import resnet_norms
-from results import bench, clip, report
+from results import bench, clip, growth, report
 
 HERE = Path(__file__).parent
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -244,6 +244,15 @@ def test_lars_follows_the_formula(w_scale, g_scale, weight_decay):
         assert torch.allclose(w.double(), expected, rtol=1e-5)
 
 
+def test_lars_in_16_bits():
+    w = nn.Parameter(torch.full((300, 300), 300.0).half())
+    w.grad = torch.ones(300, 300).half()
+    optimizer = lars.LARS([("w", w)], lr=1.0)
+    optimizer.step()
+    assert optimizer.rates["w"].item() == pytest.approx(0.3, rel=1e-3)
+    assert w.unique().tolist() == [299.75]
+
+
 def test_lars_goes_on_where_it_was():
     """From pickle and copy.deepcopy; from a state_dict in test_cut_off_and_resumed_is_never_cut_off."""
     model = small_model()
@@ -347,6 +356,7 @@ def test_lars_says_what_it_cannot_do():
         lars.LARS([dict(params=[("w", nn.Parameter(torch.ones(2)))]), dict(params=[("w", w)])], 0.1)
     with pytest.raises(ValueError, match="weight_decay"):
         optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], weight_decay=-1))
+    assert len(optimizer.param_groups) == 1
     for other in (torch.optim.SGD([w], 0.1), torch.optim.Adam([w])):
         with pytest.raises(ValueError, match="another optimizer"):
             optimizer.load_state_dict(other.state_dict())
@@ -581,6 +591,9 @@ def test_metrics_of_what_has_no_distance():
     for bad in (good[:1], good[:, :8], good[0], good[None], good * 1e30):
         with pytest.raises(ValueError, match="at least 2|not finite"):
             byol.collapse_metrics(good, good, good, bad)
+    with pytest.raises(ValueError, match="not finite"):
+        byol.collapse_metrics(good * 1e30, good, good, good)
+    assert byol.collapse_metrics(*[1e-25 * good] * 4)["rep_dist"] < 1e-9            # squares are 0 there
     small = byol.collapse_metrics(*[1e-16 * good] * 4)          # whatever the length, directions count
     assert small["rep_dist"] == pytest.approx(byol.collapse_metrics(*[good] * 4)["rep_dist"], rel=1e-4)
 
@@ -976,7 +989,7 @@ def test_folder_of_mixed_sizes_and_modes(tmp_path):
 
 @pytest.mark.parametrize("white, kind, ending", [
     (255, np.uint16, "png"), (4095, np.uint16, "png"), (65535, np.uint16, "png"), (255, np.int32, "tif"),
-    (1, np.float32, "tif"), (255, np.float32, "tif")])
+    (1, np.float32, "tif"), (255, np.float32, "tif"), (4095, ">u2", "tif")])
 def test_deep_images_keep_their_contrast(white, kind, ending, tmp_path, capsys):
     values = np.random.default_rng(0).random((4, 16, 16)) * white
     values[:, 0, 0] = white
@@ -1011,9 +1024,13 @@ def test_images_that_cannot_be_learned_from_are_told(tmp_path, capsys):
             load(f"folder:{root}", tmp_path)
             output = capsys.readouterr().out
             assert ("training images looked at are" in output) == bool(words) and words in output
-    values = np.full((16, 16), -3, np.int32)
-    save_image(tmp_path / "noise" / "train" / "a" / "9.tif", Image.fromarray(values))
-    assert "8 bits" in refused(capsys, 2, *TINY, "--data", f"folder:{tmp_path / 'noise'}")
+    refuse = lambda: refused(capsys, 2, *TINY, "--data", f"folder:{tmp_path / 'noise'}")
+    for value, kind, word in ((-3, np.int32, "8 bits"), (1.5, np.float32, "neither of 0 to 1")):
+        image = Image.fromarray(np.full((16, 16), value, kind))
+        save_image(tmp_path / "noise" / "train" / "a" / "9.tif", image)
+        assert word in refuse()
+    save_image(tmp_path / "noise" / "train" / "a" / "9.tif", Image.new("RGB", (1, 1600)))
+    assert "9.tif" in refuse()          # its resized pixels would fill the memory
 
 
 def test_what_counts_as_a_training_image(folder, tmp_path, capsys):
@@ -1056,6 +1073,9 @@ def test_damaged_decoded_images(folder, tmp_path, capsys):
     for content in (b"", whole[:1000], bytes(1000), whole[:128] + whole[128:-5000]):
         path.write_bytes(content)
         assert str(path) in refused(capsys, 1, *TINY, "--data", f"folder:{folder}", "--data-dir", tmp_path)
+    np.save(path, np.zeros((65, 3, 32, 32), np.uint16))
+    assert str(path) in refused(capsys, 1, *TINY, "--data", f"folder:{folder}", "--data-dir", tmp_path)
+    assert "--data-dir" in refused(capsys, 2, *TINY, "--data", f"folder:{folder}", "--data-dir", path)
 
 
 def test_bad_folders(folder, tmp_path, capsys, monkeypatch):
@@ -1124,6 +1144,7 @@ def test_run_writes_what_it_promises(flags, tmp_path, capsys, monkeypatch):
     config = json.loads((a / "config.json").read_text())
     assert config["flags"]["steps"] == 5
     assert config["versions"]["torch"] == torch.__version__
+    assert config["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     encoder = resnet_norms.resnet18(config["flags"]["enc_norm"], 4, "cifar")
     encoder.load_state_dict(torch.load(a / "encoder.pt", weights_only=True))
     online, target, _ = built[0]
@@ -1231,7 +1252,9 @@ def test_cut_off_runs_and_what_is_not_resumed(folder, tmp_path, capsys):
 
     whole = checkpoint.read_bytes()
     damaged = [(checkpoint, whole[: tenths * len(whole) // 10]) for tenths in (0, 3, 6, 9)]
-    damaged += [(metrics, metrics.read_bytes()[:100]), (config, config.read_bytes()[:100])]
+    logged, told = metrics.read_bytes(), config.read_bytes()
+    damaged += [(metrics, logged[:100]), (metrics, logged.replace(b"loss", b"lost"))]
+    damaged += [(config, told[:100]), (config, told[:-2] + b', "resumed": 3}')]
     damaged += [(checkpoint, f"cos\nmkdir\n(V{tmp_path}/executed\ntR.".encode())]       # a pickle of a call
     for path, content in damaged:
         before = path.read_bytes()
@@ -1266,7 +1289,7 @@ def test_a_resumed_run_knows_what_state_it_was_in(tmp_path, monkeypatch):
     assert log(tmp_path)[-1]["state"] == "recovered"
 
 
-def test_cut_off_in_the_last_evaluation(tmp_path, monkeypatch):
+def test_cut_off_in_the_last_evaluation(tmp_path, capsys, monkeypatch):
     flags = [*TINY, *GN.split(), "--steps", "4", "--out"]
     main(*flags, tmp_path / "straight")
     evaluate, calls = byol.evaluate, itertools.count()
@@ -1277,13 +1300,18 @@ def test_cut_off_in_the_last_evaluation(tmp_path, monkeypatch):
         return evaluate(*given)
 
     monkeypatch.setattr(byol, "evaluate", interrupted)
-    with pytest.raises(SystemExit):
-        main(*flags, tmp_path / "cut")
+    assert "interrupted" in refused(capsys, 130, *flags, tmp_path / "cut")
     main(*flags, tmp_path / "cut")
     assert same_run(tmp_path / "straight", tmp_path / "cut")
+    (tmp_path / "cut" / "encoder.pt").unlink()
+    assert "no encoder.pt" in refused(capsys, 1, *flags, tmp_path / "cut")
 
 
-def test_no_epochs_are_no_steps(tmp_path):
+def test_epochs_are_whole(tmp_path):
+    """Of 45 images in batches of 8 an epoch takes 40; none at all is a run too."""
+    args = byol.parse_arguments([*TINY, "--epochs", "3"])
+    byol.load_images(args)
+    assert args.steps == 15
     main(*TINY, "--epochs", "0", "--out", tmp_path)
     assert [line["step"] for line in log(tmp_path)] == [0]
 
@@ -1292,7 +1320,10 @@ def test_what_does_not_forbid_a_run(tmp_path, capsys, monkeypatch):
     """The shell's own log in --out, no locks, other threads, another machine's versions."""
     out = tmp_path / "run"
     out.mkdir()
-    (out / "log.txt").touch()
+    for name in ("log.txt", "mine.part"):
+        (out / name).touch()
+    killed = out / "checkpoint.pt.0123456789ab.part"
+    killed.touch()
     flags = [*TINY, *GN.split(), *"--steps 4 --out".split(), out]
     monkeypatch.setattr(byol.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(38, "not implemented")))
     main(*flags, "--threads", "1")
@@ -1306,6 +1337,7 @@ def test_what_does_not_forbid_a_run(tmp_path, capsys, monkeypatch):
     assert "resumed with other versions, threads than before" in capsys.readouterr().out
     main(*flags, "--threads", threads + 2)
     assert "resumed with other threads than before" in capsys.readouterr().out
+    assert (out / "mine.part").exists() and not killed.exists()
     main(*flags, "--threads", threads + 2)              # all known by now
     torch.set_num_threads(threads)
     assert "resumed with other" not in capsys.readouterr().out
@@ -1446,7 +1478,8 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
         assert run.stderr.startswith("run_all.sh: ") and run.returncode == 2
     head = (HERE / "run_all.sh").read_text().split("\n\n")[0].splitlines()[1:]
     assert run_all("--help").stdout == "".join(line[2:] + "\n" for line in head)
-    for bad in ({"JOBS": "0x"}, {"JOBS": "0"}, {"STEPS": "08"}, {"SEEDS": "a"}, {"SEEDS": " "}):
+    for bad in ({"JOBS": "0x"}, {"JOBS": "0"}, {"STEPS": "08"}, {"SEEDS": "a"}, {"SEEDS": " "},
+                {"STEPS": "9" * 20}):
         assert run_all("--list", **bad).returncode == 2
 
 
@@ -1504,6 +1537,9 @@ def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
     assert steps.count(6) == 2          # trained and judged once
     element = run_all(*arguments, **settings, SLURM_ARRAY_TASK_ID="1")
     assert "gn-none-sgd-paper-s0 holds this run, finished" in element.stdout and element.returncode == 0
+    for bad in (dict(SLURM_ARRAY_TASK_ID="08"), dict(OUT="/proc/nowhere")):
+        run = run_all(*arguments, **{**settings, **bad})
+        assert run.returncode == 2 and re.fullmatch("run_all.sh: .*\n", run.stderr), run.stderr
     beyond = run_all(*arguments, **settings, SLURM_ARRAY_TASK_ID="2")
     assert "element 2 of 2 runs" in beyond.stderr and beyond.returncode == 2
 
@@ -1661,7 +1697,8 @@ def test_odd_surroundings(tmp_path):
     checkout.chmod(0o555)
     command = [sys.executable, checkout / "byol.py", *TINY, "--steps", "2", "--out", out]
     environment = {**os.environ, "HOME": "/nowhere", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    closed = ["bash", "-c", '"$@" >&-', "bash", *map(str, command)]         # no standard output either
+    done = subprocess.run(closed, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert len(log(out)) == 4 and sorted(os.listdir(checkout)) == ["byol.py", "lars.py", "resnet_norms.py"]
 
@@ -1684,6 +1721,12 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path):
         assert other[:-2] == plain[:-2]
         assert other[-2]["live"][1] < 0.01
         assert other[-2]["q_norm"] == pytest.approx(2800, rel=0.1)
+
+
+def test_growth_needs_a_batch_of_its_own(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        growth.keep_images(byol.parse_arguments([*TINY, "--data", f"folder:{folder}"]))
+    assert "256 or more" in capsys.readouterr().err
 
 
 def test_the_gradient_is_clipped_early_late_or_scaled(tmp_path, monkeypatch):
@@ -1884,18 +1927,24 @@ def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
         report.main([str(tmp_path)])
     healthy = write_run(tmp_path, "", "batch-size_8 healthy 40")
     cut_off = write_run(tmp_path, "", "x-s0-old down 20") / "metrics.jsonl"
-    cut_off.write_text("\n".join(cut_off.read_text().splitlines()[:50]) + '\n{"step": 5')
+    cut_off.write_text("\n".join(cut_off.read_text().splitlines()[:50]) + '\n{"step": 5, "layers": {}')
     (tmp_path / "empty").mkdir()
     (write_run(tmp_path, "", "damaged healthy 40") / "metrics.jsonl").write_text("x}\n")
+    for name, value in (("null", "null"), ("nan", "NaN")):
+        metrics = write_run(tmp_path, "", f"{name} healthy 40") / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"loss": 0.5', f'"loss": {value}'))
+    metrics = write_run(tmp_path, "", "elsewhere healthy 40") / "metrics.jsonl"
+    metrics.write_text(re.sub('"lars_rate": [^,}]*', '"lars_rate": null', metrics.read_text()))
     (tmp_path / "README.md").write_text("mine")
     report.main([str(tmp_path)])
     output = capsys.readouterr()
     assert "collapsed (step 49 of 100)" in output.out and "not on its way: common 0.10" in output.out
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert (tmp_path / "README.md").read_text() == "mine"
-    assert len(output.err.splitlines()) == 2
+    assert len(output.err.splitlines()) == 4
     report.main([str(healthy)])
-    with pytest.raises(SystemExit, match="nowhere"):
+    report.main([str(metrics.parent)])                  # without a rate of layer1
+    with pytest.raises(SystemExit, match="nowhere: no such"):
         report.main([str(tmp_path / "nowhere")])
 
 

@@ -47,6 +47,9 @@ KEPT = {}
 
 def keep_images(args):
     KEPT["images"] = load_images(args)
+    n = len(KEPT["images"].train)
+    if n < CHUNK:
+        byol.stop(2, f"growth.py: --data {args.data} has {n} images to train on, not {CHUNK} or more")
     return KEPT["images"]
 
 

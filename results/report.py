@@ -42,11 +42,14 @@ SAMPLES = ("of seeds 0 to 2", "of other seeds", *SCALES.values())
 # ------------------------------------------------------------------------ runs
 def read_log(folder):
     """The log's evaluations and its lines of metrics, {step: line} each."""
-    rows = (folder / "metrics.jsonl").read_text().splitlines()
-    log = [json.loads(row) for row in rows if row.endswith("}")]        # the last may be half written
+    text = (folder / "metrics.jsonl").read_text()
+    log = [json.loads(row) for row in text.splitlines(keepends=True) if row.endswith("\n")]     # half a line
     scores = {line["step"]: line for line in log if "accuracy" in line}
     lines = {line["step"]: line for line in log if "rep_dist" in line}
     return scores, lines
+
+
+CHECKED = ("loss", "rep_dist", "neg_cos", "common", "q_norm")
 
 
 class Run:
@@ -64,7 +67,18 @@ class Run:
         self.random = self.scores[0]["accuracy"]
         self.accuracy = list(self.scores.values())[-1]["accuracy"]
         self.finished = self.flags["steps"] in self.scores
+        self.check()
         self.follow_states()
+
+    def check(self):
+        """Raises what `load` takes for damage if anything is missing that will be read."""
+        for line in self.lines.values():
+            if not all(math.isfinite(line[key]) for key in CHECKED):
+                raise ValueError(f"not finite at step {line['step']}")
+        for line in self.scores.values():
+            math.isfinite(line["accuracy"])
+        for flag in ("enc_norm", "proj_norm", "pred_norm", "opt", "lr", "seed"):
+            self.flags[flag]
 
     def follow_states(self):
         """The state at the end, and the steps at which the run collapsed and recovered. The logs' own words
@@ -122,6 +136,8 @@ class Run:
 
 def load(folder, fault=sys.exit):
     """{name: Run} of a folder of runs or of one run; `fault` is called with a line on each unreadable one."""
+    if not folder.is_dir():
+        sys.exit(f"report.py: {folder}: no such folder")
     runs = {}
     paths = [folder] if (folder / "config.json").exists() else sorted(folder.glob("*"))
     for path in filter(Path.is_dir, paths):
@@ -207,11 +223,16 @@ def large_weights_come_down(run):
     return low > 1.5 * first and after < low
 
 
+def early_rate(line):
+    """layer1's local LARS rate in a line of the log, 0 without LARS there."""
+    return line["layers"]["layer1"]["lars_rate"] or 0
+
+
 def early_rate_explodes(run):
     """At the lowest distance layer1's gradient is under a tenth of its first, its rate over ten times it."""
     first, low = run.first["layers"]["layer1"], run.lowest["layers"]["layer1"]
     vanishes = low["grad_norm"] < first["grad_norm"] / 10
-    return run.collapses and vanishes and low["lars_rate"] > 10 * first["lars_rate"]
+    return run.collapses and vanishes and early_rate(run.lowest) > 10 * early_rate(run.first)
 
 
 def separates_first(run, *others):
@@ -221,8 +242,7 @@ def separates_first(run, *others):
 
 def peaks_early_or_stays(high, low):
     """The rate of layer1 peaks earlier in the run that recovers than in the one that does not."""
-    rate = lambda line: line["layers"]["layer1"]["lars_rate"]
-    peaks = [max(run.lines.values(), key=rate)["step"] for run in (high, low)]
+    peaks = [max(run.lines.values(), key=early_rate)["step"] for run in (high, low)]
     return high.recovers and low.stays_collapsed and peaks[0] < peaks[1]
 
 
@@ -409,7 +429,7 @@ PANELS = {  # what a panel shows: its axis and scale, and a run's value at a ste
                              lambda run, step: run.lines[step]["rep_dist"]),
     "loss": ("loss", "log", lambda run, step: run.lines[step]["loss"]),
     "rate": ("local LARS rate of layer1", "log",
-             lambda run, step: run.lines[step]["layers"]["layer1"]["lars_rate"]),
+             lambda run, step: early_rate(run.lines[step]) or math.nan),
     "length": ("mean length of q", "log", lambda run, step: run.lines[step]["q_norm"]),
     "gradient": ("norm of the weights' gradient", "log", lambda run, step: grad_norm(run.lines[step])),
     "live": ("live part of the prediction's units", "linear", lambda run, step: run.lines[step]["live"][-1]),
@@ -731,7 +751,7 @@ def look(folder):
         if verdict.outcome != "not run":
             holds = f"{verdict.outcome} (code's form {verdict.code}, paper's {verdict.paper})"
             print(f"{claim}: {CLAIMS[claim].words}: {holds} {verdict.flipped_by}".rstrip())
-    lars = any(run.flags["opt"] == "lars" for run in runs.values())
+    lars = any(early_rate(line) for run in runs.values() for line in run.lines.values())
     panels = ["distance", "loss", "accuracy"] + ["rate"] * lars
     draw(runs, panels, {name: name for name in runs}).savefig(folder / "report.png")
     print(f"picture: {folder / 'report.png'}")
@@ -960,7 +980,10 @@ def list_of_runs(runs):
     head = """# Every run of the study
 
 `bash run_all.sh --list` prints the commands, `python results/report.py` makes this list. On the same kind
-of processor a log comes again bit for bit but for `images_per_s`.
+of processor a log comes again bit for bit but for `images_per_s`. Some of seed 0's runs, those of full width
+and those of the map by clip are of an EPYC without AVX-512, which gives other bits. With
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` before the command two of
+seed 0's came again on a newer one.
 
 """
     return head + table(["runs", "ended (seeds), accuracy", "command of one seed"], rows)
@@ -982,6 +1005,8 @@ def page(text, runs):
 
 def main(folders):
     """Without folders: the page and its figures, byte for byte the same from the same logs and notes."""
+    if {"-h", "--help"} & set(folders):
+        sys.exit(print(__doc__))
     for folder in folders:
         look(Path(folder))
     if not folders:
@@ -1000,4 +1025,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except OSError as error:
-        sys.exit(f"report.py: {error.filename}: {error.strerror}")
+        sys.exit(f"report.py: {error.filename or 'the disk'}: {error.strerror}")
