@@ -564,9 +564,11 @@ def test_live_units_are_on_for_some_and_off_for_others():
     with torch.no_grad():
         online.projection[0][0].bias[:128] += 1000          # always on
         online.projection[0][0].bias[128:256] -= 1000       # always off
-        online.prediction[0][0].bias -= 1000
+        online.prediction[0][0].bias[200:] -= 1000
+        online.prediction[0][0].weight[:200] = torch.eye(128).repeat(2, 1)[:200]        # on where z > 0
+        z[:, :64], q[:, :64] = z[:, :64].abs() + 1, -q[:, :64].abs()
     metrics = byol.measure(online, optimizer, y, z, q, None, args)
-    assert metrics["live"] == [pytest.approx(0.5, abs=0.02), 0]
+    assert metrics["live"] == [pytest.approx(0.5, abs=0.02), 72 / 512]      # those of z's other half
     assert metrics["q_norm"] == pytest.approx(q.norm(dim=1).mean().item())
 
 
@@ -1301,6 +1303,8 @@ def test_cut_off_in_the_last_evaluation(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(byol, "evaluate", interrupted)
     assert "interrupted" in refused(capsys, 130, *flags, tmp_path / "cut")
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as lines:
+        lines.write('{"step": 4, "accuracy": 1')        # a line half written is none
     main(*flags, tmp_path / "cut")
     assert same_run(tmp_path / "straight", tmp_path / "cut")
     (tmp_path / "cut" / "encoder.pt").unlink()
