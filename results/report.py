@@ -876,8 +876,10 @@ def by_longest_step(runs):
         if group:
             counts = [sum(run.state == state for run in group) for state in STATES]
             words = f"up to {most:g}" if most < math.inf else f"over {least:g}"
-            rows.append([words, *counts, sum(run.learns for run in group), fact(group, "distance")])
-    return table(["rate times clip", *STATES, "gain two points", "last distance"], rows)
+            facts = fact(group, "length"), fact(group, "distance")
+            rows.append([words, *counts, sum(run.learns for run in group), *facts])
+    header = ["rate times clip", *STATES, "gain two points", "length of q at step 64", "last distance"]
+    return table(header, rows)
 
 
 def order_of_collapses(runs):
