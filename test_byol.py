@@ -18,6 +18,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 # Faster for networks this small, and far faster beside other work.
@@ -1154,8 +1155,11 @@ def test_run_writes_what_it_promises(flags, tmp_path, capsys, monkeypatch):
     assert not torch.equal(encoder.conv1.weight, target.encoder.conv1.weight)
 
 
-def test_what_is_printed_and_logged_of_a_step(tmp_path, capsys):
-    """The log's schedule is the optimizer's; each column of the table is the log's value of that name."""
+def test_what_is_printed_and_logged_of_a_step(tmp_path, capsys, monkeypatch):
+    """The log's schedule is the optimizer's; each column of the table is the log's value of that name. Each
+    look at the clock takes a second."""
+    clock = itertools.count()
+    monkeypatch.setattr(byol, "time", types.SimpleNamespace(perf_counter=lambda: next(clock), time=time.time))
     flags = [*TINY, *GN.split(), *"--clip 0.1 --warmup 0.5 --ema 0.9 --steps 8 --log-every 1".split()]
     main(*flags, "--out", tmp_path)
     output = capsys.readouterr().out.splitlines()
@@ -1163,6 +1167,7 @@ def test_what_is_printed_and_logged_of_a_step(tmp_path, capsys):
     lines = [line for line in log(tmp_path) if "loss" in line]
     speeds = [json.loads(text).get("images_per_s") for text in (tmp_path / "metrics.jsonl").open()]
     speeds = list(filter(None, speeds))
+    assert speeds == [8.0] * 8
     for i, (row, line) in enumerate(zip(rows, lines, strict=True)):
         assert line["lr"] == pytest.approx(byol.lr_at(i, 8, 0.2, 0.5), rel=1e-5)
         assert line["ema"] == pytest.approx(byol.tau_at(i, 8, 0.9), rel=1e-5)

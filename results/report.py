@@ -850,7 +850,8 @@ def remedies(runs):
         states = Counter(run.state for run in group)
         ends = [f"{states[state]} of {len(group)}" for state in ("collapsed", "recovered")]
         scores = fact(group, "accuracy"), fact(group, "random")
-        rows.append([label, *ends, *scores, fact(wide, "ends")])
+        at_64 = f"{fact(wide, 'ends')} (random {fact(wide, 'random')})" if wide else "not run"
+        rows.append([label, *ends, *scores, at_64])
     scores = ["accuracy %", "random features %"]
     return table(["norms, optimizer", "ended collapsed", "ended recovered", *scores, "width 64"], rows)
 
