@@ -160,6 +160,9 @@ def test_resnet_shapes_gradients_and_statistics(norm, groups, stem):
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert len(convs) == 20 and all((conv.bias is not None) == (norm == "none") for conv in convs)
     assert norm != "none" or not any(conv.bias.any() for conv in convs)
+    for conv in convs[-3:]:             # Kaiming's, for what goes out
+        fan_out = conv.out_channels * math.prod(conv.kernel_size)
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
     y = net(x)
     assert y.shape == (2, 48)
     assert norm == "bn" or torch.allclose(y[:1], net(x[:1]), rtol=1e-10)
