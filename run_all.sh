@@ -244,7 +244,7 @@ runs() {
 }
 
 # Run one line of `runs`, its output to a .txt beside its folder, unless its log says that it is finished. Prints
-# how it went, its length and what there is to say, separated by tabs.
+# that it begins and how it went: how, its length and what there is to say, separated by tabs.
 run_one() {
     local name=$1 steps=$2 command=$3 how=failed text
     IFS=, read -ra gpus <<<"$GPUS"
@@ -252,7 +252,8 @@ run_one() {
     if tail -n 1 "$OUT/$name/metrics.jsonl" 2>/dev/null | grep -q "^{\"step\": $steps, \"accuracy\".*}$" &&
         grep -qF "\"command\": \"$command\"" "$OUT/$name/config.json"; then
         how=before text="$name: finished before"
-    elif eval "$command" >>"$OUT/$name.txt" 2>&1; then
+    elif printf 'begun\t0\t%s\n' "$name begins, its lines are in $OUT/$name.txt" &&
+        eval "$command" >>"$OUT/$name.txt" 2>&1; then
         how=finished text="$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)"
     else
         text="$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")"
@@ -275,6 +276,7 @@ export -f run_one
 [[ $GPUS != *,* ]] || slot=--process-slot-var=SLOT          # a number for each of the JOBS places
 n=0 did=0 failed='' begin=$SECONDS
 while IFS=$'\t' read -r how steps text; do
+    [ "$how" != begun ] || { echo "$text"; continue; }
     ((n += 1, left -= steps))
     [ "$how" != finished ] || ((did += steps))
     [ "$how" != failed ] || failed+=$text$'\n'
