@@ -244,21 +244,21 @@ runs() {
 }
 
 # Run one line of `runs`, its output to a .txt beside its folder, unless its log says that it is finished. Prints
-# that it begins and how it went: how, its length and what there is to say, separated by tabs.
+# that it begins and how it went: how, its length, its seconds and what there is to say, separated by tabs.
 run_one() {
-    local name=$1 steps=$2 command=$3 how=failed text
+    local name=$1 steps=$2 command=$3 how=failed text begin=$SECONDS
     IFS=, read -ra gpus <<<"$GPUS"
     [ -z "${SLOT:-}" ] || export CUDA_VISIBLE_DEVICES=${gpus[SLOT % ${#gpus[@]}]}
     if tail -n 1 "$OUT/$name/metrics.jsonl" 2>/dev/null | grep -q "^{\"step\": $steps, \"accuracy\".*}$" &&
         grep -qF "\"command\": \"$command\"" "$OUT/$name/config.json"; then
         how=before text="$name: finished before"
-    elif printf 'begun\t0\t%s\n' "$name begins, its lines are in $OUT/$name.txt" &&
+    elif printf 'begun\t0\t0\t%s\n' "$name begins, its lines are in $OUT/$name.txt" &&
         eval "$command" >>"$OUT/$name.txt" 2>&1; then
         how=finished text="$name: $(grep "^step " "$OUT/$name.txt" | tail -n 1)"
     else
         text="$name (exit status $?): $(tail -n 1 "$OUT/$name.txt")"
     fi
-    printf '%s\t%s\t%s\n' "$how" "$steps" "$text"
+    printf '%s\t%s\t%s\t%s\n' "$how" "$steps" $((SECONDS - begin)) "$text"
 }
 
 [ -z "$list" ] || { runs "$@" | cut -f 3; exit; }
@@ -274,13 +274,13 @@ read -r total left < <(runs "$@" | awk -F '\t' '{n++; steps += $2} END {print n,
 echo "$total runs, $left steps, $JOBS at a time. Ctrl-C stops them, the same command resumes; STEPS=300 is a quick look."
 export -f run_one
 [[ $GPUS != *,* ]] || slot=--process-slot-var=SLOT          # a number for each of the JOBS places
-n=0 did=0 failed='' begin=$SECONDS
-while IFS=$'\t' read -r how steps text; do
+n=0 did=0 took=0 failed=''
+while IFS=$'\t' read -r how steps seconds text; do
     [ "$how" != begun ] || { echo "$text"; continue; }
     ((n += 1, left -= steps))
-    [ "$how" != finished ] || ((did += steps))
+    [ "$how" != finished ] || ((did += steps, took += seconds))
     [ "$how" != failed ] || failed+=$text$'\n'
-    minutes=$((did > 0 ? (SECONDS - begin) * left / did / 60 : 0))
+    minutes=$((did > 0 ? took * left / did / JOBS / 60 : 0))
     echo "[$n/$total] $text, $([ $did -gt 0 ] && echo "$minutes" || echo '?') minutes left"
 done < <(runs "$@" | tr '\t\n' '\0\0' | xargs -0 -n 3 -P "$JOBS" ${slot+"$slot"} bash -c 'run_one "$@"' _)
 [ "$n" -eq "$total" ] || failed+="only $n of $total runs came to an end; the same command resumes"$'\n'

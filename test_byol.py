@@ -1570,18 +1570,23 @@ def test_run_all_runs_as_many_at_a_time_as_gpus(tmp_path):
 
 
 def test_run_all_says_how_long_it_takes(tmp_path):
-    """The first of 6,000 steps takes 3 s, or a little more; the others nothing."""
+    """The first of 6,000 steps takes 3 s, or a little more; the others nothing. Two at a time take half."""
     path = fake(tmp_path, python='case "$*" in *gn-none-sgd-code-s0*) sleep 3 ;; esac')
     run = run_all("C4", "full", OUT=str(tmp_path / "out"), JOBS="1", PATH=path)
     total = int(re.search(r"(\d+) steps", run.stdout)[1])
     minutes = [int(n) for n in re.findall(r"(\d+) minutes left", run.stdout)]
     rest = (total - 6000) / 6000
     assert rest * 3 // 60 - 1 <= minutes[0] <= rest * 5 / 60 and minutes[-1] == 0
+    path = fake(tmp_path, python='case "$*" in *gn-none-sgd-*-s0*) sleep 4 ;; esac')
+    run = run_all("C4", "full", OUT=str(tmp_path / "two of them"), JOBS="2", PATH=path)
+    minutes = [int(n) for n in re.findall(r"(\d+) minutes left", run.stdout)]
+    assert rest * 4 // 120 - 1 <= minutes[0] <= rest * 6 / 120
 
 
 def test_run_all_names_all_that_failed(tmp_path):
     run = run_all("C4", OUT=str(tmp_path / "out"), PATH=fake(tmp_path, python="exit 3"))
-    assert re.findall(r"(\w+)-s0 \(exit status 3\)", run.stderr) == ["code", "paper"] and run.returncode == 1
+    failed = re.findall(r"(\w+)-s0 \(exit status 3\)", run.stderr)
+    assert sorted(failed) == ["code", "paper"] and run.returncode == 1
 
 
 def test_run_all_does_not_take_another_run_for_finished(folder, tmp_path):
