@@ -60,7 +60,7 @@ class Run:
         self.scale = SCALES.get(folder.name.partition("-")[0], "")
         self.flags = config["flags"]
         self.command = config["command"]
-        self.machine = config.get("gpu") or config.get("cpu")
+        self.machine = re.sub(r"\((R|TM)\)", "", config.get("gpu") or config.get("cpu"))
         self.scores, self.lines = read_log(folder)
         self.first, self.last = (list(self.lines.values())[i] for i in (0, -1))
         self.lowest = min(self.lines.values(), key=lambda line: line["rep_dist"])
@@ -148,6 +148,10 @@ def load(folder, fault=sys.exit):
     if not runs:
         sys.exit(f"report.py: {folder}: no run that can be read")
     return runs
+
+
+def machines(runs):
+    return ", ".join(sorted({run.machine for run in runs}))
 
 
 def name_of(key):
@@ -958,7 +962,7 @@ def facts_of(runs):
     not_as_written = [claim for claim, verdict in verdicts.items() if verdict.outcome in ("changed", "no")]
     tries = [f"- *{claim}*, {tried(runs, claim)}.\n" for claim in not_as_written if CLAIMS[claim].names]
     return {
-        "machines": ", ".join(sorted({run.machine for run in runs.values()})),
+        "machines": machines(runs.values()),
         "warnings": warnings(bare),
         "long ones collapsed": fact(long, "collapsed"),
         "early sign": count("sign", [run for run in bare.values() if run.collapses], announced),
@@ -977,19 +981,20 @@ def facts_of(runs):
 
 def list_of_runs(runs):
     """What results/runs/README.md holds: every configuration, how its runs ended, the command of one."""
-    names = dict.fromkeys(map(name_of, runs))
-    groups = {name: seeds(runs, name) for name in names}
-    rows = [[name, fact(group, "ends"), f"`{group[0].command}`"] for name, group in groups.items()]
+    rows = []
+    for name in dict.fromkeys(map(name_of, runs)):
+        group = seeds(runs, name)
+        rows.append([name, fact(group, "ends"), machines(group), f"`{group[0].command}`"])
     head = """# Every run of the study
 
 `bash run_all.sh --list` prints the commands, `python results/report.py` makes this list. On the same kind
-of processor a log comes again bit for bit but for `images_per_s`. Some of seed 0's runs, those of full width
-and those of the map by clip are of an EPYC without AVX-512, which gives other bits. With
+of processor a log comes again bit for bit but for `images_per_s`; another gives other bits. The EPYCs have
+AVX-512, but for some of seed 0's runs, the first two of full width and 26 of the map by clip. With
 `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` before the command two of
-seed 0's came again on a newer one.
+seed 0's came again on a newer EPYC.
 
 """
-    return head + table(["runs", "ended (seeds), accuracy", "command of one seed"], rows)
+    return head + table(["runs", "ended (seeds), accuracy", "processor", "command of one seed"], rows)
 
 
 def page(text, runs):
