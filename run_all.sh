@@ -5,7 +5,7 @@
 #   STEPS=300 bash run_all.sh                    a quick look: 300 steps each
 #   bash run_all.sh C4 D7 gn-none-lars-0.5       those of some claims, with what was tried to flip them
 #   bash run_all.sh tries                        all that was tried to flip a claim
-#   bash run_all.sh why map wide fashion full blog       what no claim needs; blog is for a GPU
+#   bash run_all.sh why map long wide fashion full blog  what no claim needs; blog is for a GPU
 #   bash run_all.sh --list                       print the commands and run nothing
 #   DATA=folder:data/cifar10-jpeg SEEDS="0 1 2" OUT=results/runs bash run_all.sh C3 C4 -- --width 16
 #
@@ -126,6 +126,12 @@ why            gn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm gn --mlp-norm bn --lr
 why            bn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm bn --mlp-norm bn --lr 0.8 --clip 0.1
 why            gn-none-adamw-1e-3-clip-0.1-code 6000 $GN --opt adamw --lr 1e-3 --clip 0.1
 why            bn-bn-adamw-1e-3-code   6000    --enc-norm bn --mlp-norm bn --opt adamw --lr 1e-3
+long           bn-bn-sgd-0.8-long-code 24000   --enc-norm bn --mlp-norm bn --lr 0.8
+long           bn-bn-sgd-0.8-clip-0.1-long-code 24000 --enc-norm bn --mlp-norm bn --lr 0.8 --clip 0.1
+long           gn-bn-sgd-0.4-long-code 24000   --enc-norm gn --mlp-norm bn --lr 0.4
+long           none-none-sgd-1-clip-0.03-long-code 24000 $NONE --lr 1 --clip 0.03
+long           gn-none-sgd-1-clip-0.03-long-code 24000 $GN --lr 1 --clip 0.03
+long           gn-none-lars-0.2-long-paper 24000 $GN $LARS --lr 0.2
 fashion        fashion-gn-none-sgd-0.8-code 3000 --data fashion-mnist $GN --lr 0.8
 fashion        fashion-gn-none-sgd-0.2-clip-0.1-code 3000 --data fashion-mnist $GN --lr 0.2 --clip 0.1
 fashion        fashion-none-none-sgd-0.2-clip-0.1-code 3000 --data fashion-mnist $NONE --lr 0.2 --clip 0.1

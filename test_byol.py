@@ -1460,7 +1460,7 @@ def test_run_all_is_clean_shell():
 def test_run_all_lists_and_runs_nothing(tmp_path):
     settings = dict(SEEDS="0 1", OUT=str(tmp_path / "out"), STEPS="7")
     output = run_all("--list", **settings).stdout
-    output += run_all("--list", "tries", "full", "why", "fashion", "wide", "blog", "map", **settings).stdout
+    output += run_all("--list", "tries", "full", "why", "long", "fashion", "wide", "blog", "map", **settings).stdout
     commands = [shlex.split(line) for line in output.splitlines()]
     assert len(commands) == len({command[command.index("--out") + 1] for command in commands}) > 400
     assert not any("@" in line for line in run_all("--list").stdout.splitlines())
@@ -1477,7 +1477,7 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
         assert args.steps == 7
         told = re.search(r"-(sgd|lars|adamw)-([\d.]+(e-\d)?)-[^@]*$", name)           # names tell the flags
         assert not told or (args.opt, args.lr) == (told[1], float(told[2])), name
-        told = re.search(r"-clip-([\d.]+)-(code|paper)-", name)
+        told = re.search(r"-clip-([\d.]+)-(long-)?(code|paper)-", name)
         assert not told or args.clip == float(told[1]), name
     one = run_all("--list", "gn-none-lars-0.5").stdout.splitlines()
     assert len(one) == 2 and all("--lr 0.5" in command for command in one)
@@ -1498,7 +1498,7 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
 def test_recorded_runs_are_those_of_run_all():
     """Each committed run's command is one of run_all.sh's, its flags are what byol.py makes of it today."""
     settings = dict(SEEDS="0 1 2 3 4 10 11", DATA="folder:data/cifar10-jpeg", OUT="results/runs")
-    groups = [[], ["tries", "full", "why", "fashion", "wide", "map"]]
+    groups = [[], ["tries", "full", "why", "long", "fashion", "wide", "map"]]
     listed = {line for words in groups for line in run_all("--list", *words, **settings).stdout.splitlines()}
     paths = list((HERE / "results" / "runs").glob("*/config.json"))
     assert len(paths) > 500
