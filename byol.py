@@ -9,9 +9,9 @@ r"""BYOL with and without batch statistics: does it collapse, and what keeps it 
     torchrun --nproc-per-node 2 byol.py --batch-size 128                 # one run on two processes
 
 "The blog" is the post that it reproduces, Understanding self-supervised and contrastive learning with BYOL.
-It reads top to bottom in the order data flows: arguments, several processes, images, views, networks, losses,
-collapse metrics, linear evaluation, run folder, training. BYOL itself is `update`, the loop is `train`. A run
-is one folder; the same command resumes a run that was cut off.
+It reads top to bottom in the order data flows: arguments, several processes, files, images, views, networks,
+losses, collapse metrics, linear evaluation, run folder, training, the command. BYOL itself is `update`, the
+loop is `train`. A run is one folder; the same command resumes a run that was cut off.
 """
 
 import argparse
@@ -46,7 +46,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torchvision import datasets
 
-from lars import LARS, find, param_groups
+from lars import LARS, matching, param_groups
 from resnet_norms import resnet18
 
 try:
@@ -65,6 +65,11 @@ class Diverged(ValueError):
     """Values are not finite any more; ends a run with status 1."""
 
 
+def is_of_memory(error):
+    """Says the error that there is too little memory, of the machine or of the GPU?"""
+    return any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError"))
+
+
 # ------------------------------------------------------------------------ arguments
 DEFAULT_LR = {"sgd": 0.2, "lars": 0.2, "adamw": 1e-3}
 DEFAULT_DECAY = {"sgd": 1e-4, "lars": 1.5e-6, "adamw": 1e-2}    # the blog's code, the BYOL paper, torch
@@ -79,7 +84,7 @@ def within(kind, low, high=10**9):
         if low <= value <= high:
             return value
         raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
-    number.__name__ = "whole number" if kind is int else "number"
+    number.__name__ = "whole number" if kind is int else "number"       # for argparse's messages
     return number
 
 
@@ -100,7 +105,9 @@ def parse_arguments(argv):
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
     def add(flag, default, text, **how):
-        group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **how)
+        if default not in (None, []):
+            text += " (default: %(default)s)"
+        group.add_argument(flag, default=default, help=text, **how)
 
     group = parser.add_argument_group("model")
     add("--enc-norm", "bn", "norm of the encoder", choices=["bn", "gn", "gn+ws", "none"])
@@ -120,8 +127,9 @@ def parse_arguments(argv):
     add("--lr", None, f"rate, on a cosine to 0; unless given, {DEFAULT_LR}", type=within(float, 1e-9))
     add("--lr-mult", [], "multiply the rate of these layers; may be repeated", type=regex_factor,
         action="append", metavar="REGEX=FACTOR")
-    add("--clip", None, "norm to which a longer gradient is scaled down", type=within(float, 1e-9))
-    add("--weight-decay", None, f"adamw: on weights alone; unless given, {DEFAULT_DECAY}",
+    add("--clip", None, "norm to which a longer gradient is scaled down; unless given, none is",
+        type=within(float, 1e-9))
+    add("--weight-decay", None, f"of weights, with sgd of all parameters; unless given, {DEFAULT_DECAY}",
         type=within(float, 0))
     add("--warmup", 0.0, "fraction of the run with linear warm-up", type=within(float, 0, 1))
     group = parser.add_argument_group("run")
@@ -143,7 +151,7 @@ def parse_arguments(argv):
     add("--download", False, "download the data set if it is not there", action="store_true")
     add("--size", 16, "side of the views in pixels", type=within(int, 8, 4096))
     for word in argv:
-        if re.fullmatch("--[a-z-]+=--", word):          # of which argparse makes an empty list before 3.13
+        if re.fullmatch("--[a-z-]+=--", word):          # its value is an empty list before Python 3.13
             stop(2, f"{word[:-3]}: -- is no value")
     args = parser.parse_args(argv)
     if args.steps is not None and args.epochs is not None:
@@ -160,7 +168,7 @@ def parse_arguments(argv):
         ("lars_layers" in changed and args.opt != "lars", "--lars-layers needs --opt lars"),
         ("lars_on" in changed and args.opt != "lars", "--lars-on needs --opt lars"),
         ("pred_norm" in changed and args.loss != "byol", f"--pred-norm: {args.loss} has no prediction"),
-        (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: two overfill moco's {QUEUE}"),
+        (args.loss == "moco" and 2 * args.batch_size > QUEUE, f"--batch-size: at most half moco's {QUEUE}"),
         (len(dict(args.lr_mult)) < len(args.lr_mult), "--lr-mult: a regular expression stands twice"),
     ):
         if wrong:
@@ -187,11 +195,14 @@ def join_processes(args):
     for name in LAUNCHER:
         value = os.environ.get(name, "")
         least = 1 if name == "MASTER_PORT" else 0
-        is_number = value.isdecimal() and least <= int(value) < 2**16
-        if not (value if name == "MASTER_ADDR" else is_number):
+        fits = value.isdecimal() and least <= int(value) < 2**16
+        if name == "MASTER_ADDR":
+            fits = value != ""
+        if not fits:
             stop(2, f"WORLD_SIZE is set, but {name} is {value or 'not'}: use torchrun, or unset WORLD_SIZE")
     RANK, WORLD, gpu = (int(os.environ[name]) for name in LAUNCHER[:3])
-    has_bn = "bn" in (args.enc_norm, args.proj_norm, args.pred_norm)
+    norms = [args.enc_norm, args.proj_norm, *[args.pred_norm] * (args.loss == "byol")]
+    has_bn = "bn" in norms
     if RANK >= WORLD:
         stop(2, f"RANK is {RANK}, WORLD_SIZE {WORLD}: use torchrun, or unset WORLD_SIZE")
     for wrong, why in (
@@ -233,6 +244,31 @@ def gather(rows):
     return torch.cat(of_each)
 
 
+# ------------------------------------------------------------------------ files
+def write_whole(path, chunks):
+    """Write chunks of bytes to a file, which appears as `path` whole or not at all."""
+    half = f"{path}.{os.urandom(6).hex()}.part"         # of no other process on any machine
+    try:
+        with open(half, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except OSError as error:
+        stop(1, f"{path}: {error.strerror or error}")
+    finally:
+        Path(half).unlink(missing_ok=True)
+
+
+def halves(path):
+    """What killed processes left of writing `path`."""
+    return path.parent.glob(f"{path.name}.{'[0-9a-f]' * 12}.part")
+
+
+def digest_of(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 # ------------------------------------------------------------------------ images
 # uint8 images (N, 3, side, side) and labels (N,). Pre-training sees all of `train` and no label; the labelled
 # ones are the first of `train`. `digest` tells whether a resumed run has the images it began with.
@@ -272,9 +308,11 @@ def draw_shapes(per_class, seed, side=32):
     return (image.clamp(0, 1) * 255).byte(), labels
 
 
-# Where images come from. A label for each, -1 for none; their sides in pixels, of a sample; what changes when
-# a file does. reader(), called when there is something to decode: a function that reads the nth image as
-# RGB, those of train first.
+# Where images come from, until they are decoded.
+#   train_labels, test_labels   the class of each image, -1 for none
+#   sides                       the lengths of their sides in pixels, of a sample
+#   file_stats                  names, sizes and times of the files: other ones are decoded anew
+#   reader                      makes the function that reads image 0, 1, ... as RGB, those of train first
 Source = collections.namedtuple("Source", "train_labels test_labels sides file_stats reader")
 DATASETS = {"cifar10": datasets.CIFAR10, "stl10": datasets.STL10, "fashion-mnist": datasets.FashionMNIST}
 EDITION = 2             # of the decoding: another number when the same files become other pixels
@@ -290,6 +328,8 @@ def opened(path):
         with Image.open(path) as image:
             yield image
     except Exception as error:
+        if is_of_memory(error):
+            raise
         raise ValueError(f"cannot read image {path}: {error or repr(error)}") from None
 
 
@@ -299,7 +339,8 @@ def is_deep(image):
 
 
 def find_white(paths):
-    """The value that is white in the deep ones: the largest of 8, 12 or 16 bits, or 1 for floats up to 1."""
+    """The value that is white in the deep ones: that of 8, 12 or 16 bits, the least that no value exceeds;
+    or 1 for floats up to 1."""
     whites, low, high = [255, 4095, 65535], 0, 0
     for path in paths:
         with opened(path) as image:
@@ -311,7 +352,7 @@ def find_white(paths):
             if image.mode == "F":
                 whites = [1, 255, 4095, 65535]
             low, high = min(low, values.min()), max(high, values.max())
-    if 1 in whites and 1 < high < DARK:
+    if 1 in whites and 1 < high < 16:           # of 0 to 1, and overshot, or of 0 to 255, and black?
         raise ValueError(f"floats up to {high:g}, neither of 0 to 1 nor of 0 to 255; clip them")
     fitting = [white for white in whites if low >= 0 and high <= white]
     if not fitting:
@@ -333,8 +374,8 @@ def read_image(path, white):
 
 
 def find_images(root):
-    """The paths of the image files below `root`, in order, and how many files are none: by their endings, or
-    because they or their folders are FOREIGN. A link back to a folder that holds it is not followed."""
+    """The paths of the image files below `root`, in order, and the number of files left out: for their
+    endings, or as FOREIGN, they or their folders. A link to a folder that holds it is not followed."""
     def fail(error):
         raise error
 
@@ -425,6 +466,8 @@ def open_source(args):
         if args.data in DATASETS:
             return open_torchvision(args)
     except Exception as error:          # torchvision raises nearly anything on damaged files
+        if is_of_memory(error):
+            raise
         hint = "try another --data-dir, or --download"
         if args.data.startswith("folder:"):
             hint = "it needs images in train/CLASS/ and test/CLASS/, the same classes in both"
@@ -484,7 +527,9 @@ def load_decoded(source, args):
     try:
         pixels = np.load(path, mmap_mode="c")
         is_whole = (pixels.dtype, pixels.shape) == (np.uint8, shape)
-    except Exception:                   # numpy raises nearly anything on a damaged file
+    except Exception as error:          # numpy raises nearly anything on a damaged file
+        if is_of_memory(error):
+            raise
         is_whole = False
     if not is_whole:
         stop(1, f"{path} is damaged; remove it")
@@ -711,14 +756,19 @@ def enqueue(queue, t1, t2, step):
 def collapse_metrics(y1, z1, y2, z2):
     """How far apart a batch's images lie, from y and z of its two views, (N, d) each: {name: float}.
 
-    rep_dist, the representation distance, is 1 - neg_cos, the mean cosine of z over all pairs of different
-    images; pos_cos is that of the two views of one; z_norm is z's mean length;
-    common is the fraction of z's variation that the two views of an image have in common; z_std and y_std, of
-    unit vectors, are 1 for an even spread and 0 at collapse; y_rank is RankMe (arXiv 2210.02885). They come
-    from squared distances, which stay exact where 1 - cos is smaller than rounding. ValueError for other
-    shapes, fewer than two images, or values that are not finite.
+    pos_cos         mean cosine of z of the two views of an image
+    neg_cos         mean cosine of z of different images, over all pairs
+    rep_dist        1 - neg_cos, the representation distance
+    common          fraction of z's variation that the two views of an image have in common
+    z_norm          mean length of z
+    z_std, y_std    spread of the unit vectors: 1 if even, 0 at collapse
+    y_rank          of the first view's unit vectors, by the entropy of RankMe (arXiv 2210.02885)
+
+    They come from squared distances, which stay exact where 1 - cos is smaller than rounding. ValueError for
+    other shapes, fewer than two images, or values that are not finite.
     """
-    if y1.shape != y2.shape or z1.shape != z2.shape or z1.ndim != 2 or len(y1) != len(z1) or len(z1) < 2:
+    fits = y1.shape == y2.shape and z1.shape == z2.shape and y1.ndim == z1.ndim == 2
+    if not fits or len(y1) != len(z1) or len(z1) < 2:
         shapes = ", ".join(str(tuple(t.shape)) for t in (y1, z1, y2, z2))
         raise ValueError(f"y and z of two views, (N, d) each with N at least 2, are wanted, not {shapes}")
     y1, z1, y2, z2 = (t.float() for t in (y1, z1, y2, z2))
@@ -745,7 +795,7 @@ def collapse_metrics(y1, z1, y2, z2):
 def collapse_state(state, rep_dist, first):
     """A run's state from that before, "untrained" at first, and its representation distance now.
 
-    collapsed   the distance is under a hundredth of `first`, that of the untrained network
+    collapsed   the distance is at most a hundredth of `first`, that of the untrained network
     recovered   it was, and then rose over a tenth of it
     healthy     it never was
 
@@ -760,10 +810,10 @@ def collapse_state(state, rep_dist, first):
     return "recovered" if state == "recovered" else "healthy"
 
 
-def layer_metrics(online, optimizer, unclipped):
-    """Of the weights (no biases, no norms) of stem, layer1, ..., prediction, after a step: norm of gradient
-    and weights, the largest weight over its tensor's rms, the mean local LARS rate (None without LARS).
-    `unclipped`: the factor by which the gradient was longer before it was clipped."""
+def layer_metrics(online, optimizer, unclip):
+    """Of the weights (no biases, no norms) of stem, layer1, ..., prediction: the norm of the last step's
+    gradient, times `unclip`; the weights' norm after it, and the largest weight over its tensor's rms; the
+    mean local LARS rate (None without LARS)."""
     rates, metrics = getattr(optimizer, "rates", {}), {}
     named = [(name, p) for name, p in online.named_parameters() if p.ndim > 1]
     layers = itertools.groupby(named, lambda pair: pair[0].removeprefix("encoder.").split(".")[0])
@@ -772,7 +822,7 @@ def layer_metrics(online, optimizer, unclipped):
         local = [rates[name] for name in names if name in rates]
         peaks = [w.abs().max() / w.square().mean().sqrt().clamp_min(1e-30) for w in weights]
         metrics["stem" if layer == "conv1" else layer] = {
-            "grad_norm": torch.stack([w.grad.norm() for w in weights]).norm().item() * unclipped,
+            "grad_norm": torch.stack([w.grad.norm() for w in weights]).norm().item() * unclip,
             "weight_norm": torch.stack([w.norm() for w in weights]).norm().item(),
             "max_over_rms": max(peaks).item(),
             "lars_rate": torch.stack(local).mean().item() if local else None,
@@ -782,21 +832,22 @@ def layer_metrics(online, optimizer, unclipped):
 
 @torch.no_grad()
 def measure(online, optimizer, y, z, q, grad_norm, args):
-    """All metrics of a step, over the batch of all processes, from what `update` returned. y, z, q (2N, d)
-    and the gradients are those before the step; `live` is of the networks after it: of the hidden units of
-    projection and prediction the fraction that is on for some images and off for others. `grad_norm`: of the
-    whole gradient, before it was clipped."""
+    """All metrics of a step, over the batch of all processes, from what `update` returned: y, z, q (2N, d),
+    and the whole gradient's norm before it was clipped, None if it was not. `live`: of the hidden units of
+    projection and prediction, after the step, the fraction that is on for some of y and z and off for others.
+    It moves the running averages of BN in the MLPs, which nothing reads."""
     (y1, y2), (z1, z2), (q1, q2) = ([gather(view) for view in t.chunk(2)] for t in (y, z, q))
     hidden = [online.projection[0](torch.cat([y1, y2])) > 0]
     if args.loss == "byol":
         hidden.append(online.prediction[0](torch.cat([z1, z2])) > 0)
-    clipped = nn.utils.get_total_norm([p.grad for p in online.parameters()]).item()
-    unclipped = 1.0 if grad_norm is None else grad_norm.item() / max(clipped, 1e-30)
-    metrics = {"grad_norm": clipped if grad_norm is None else grad_norm.item()}
+    now = nn.utils.get_total_norm([p.grad for p in online.parameters()]).item()
+    before = now if grad_norm is None else grad_norm.item()
+    unclip = 1.0 if grad_norm is None else before / max(now, 1e-30)
+    metrics = {"grad_norm": before}
     metrics |= collapse_metrics(y1, z1, y2, z2)
     metrics["q_norm"] = torch.cat([q1, q2]).norm(dim=1).mean().item()
     metrics["live"] = [(on.any(0) & ~on.all(0)).float().mean().item() for on in hidden]
-    metrics["layers"] = layer_metrics(online, optimizer, unclipped)
+    metrics["layers"] = layer_metrics(online, optimizer, unclip)
     return metrics
 
 
@@ -876,26 +927,6 @@ def evaluate(encoder, images, args):
 
 
 # ------------------------------------------------------------------------ run folder
-def write_whole(path, chunks):
-    """Write chunks of bytes to a file, which appears as `path` whole or not at all."""
-    half = f"{path}.{os.urandom(6).hex()}.part"         # of no other process on any machine
-    try:
-        with open(half, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(half, path)
-    except OSError as error:
-        stop(1, f"{path}: {error.strerror or error}")
-    finally:
-        Path(half).unlink(missing_ok=True)
-
-
-def halves(path):
-    """What killed processes left of writing `path`."""
-    return path.parent.glob(f"{path.name}.{'[0-9a-f]' * 12}.part")
-
-
 def save(content, path):
     buffer = io.BytesIO()               # torch's own writer meets a full disk with an abort
     torch.save(content, buffer)
@@ -903,7 +934,7 @@ def save(content, path):
 
 
 def lock(file):
-    """Whether no other process has this open file locked; it is locked now, until it is closed."""
+    """Lock this open file until it is closed; False if another process has it locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -935,10 +966,6 @@ def describe(args, digest):
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": output_of(*git, "describe", "--always", "--abbrev=40", "--dirty"),
     }
-
-
-def digest_of(content):
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 WRITTEN = ("config.json", "checkpoint.pt", "encoder.pt")        # whole files; metrics.jsonl grows
@@ -973,7 +1000,7 @@ class RunFolder:
             for half in itertools.chain(*map(halves, map(self.path, WRITTEN))):
                 half.unlink(missing_ok=True)
             return
-        for name in ("metrics.jsonl", *WRITTEN):
+        for name in ("metrics.jsonl", "checkpoint.pt", "encoder.pt"):
             if self.path(name).exists() and self.path(name).stat().st_size > 0:
                 stop(2, f"--out {self.out}: it holds {name}, but no config.json")
         self.write_config(config)
@@ -1028,10 +1055,9 @@ class RunFolder:
                 for name, part in parts.items():
                     part.load_state_dict(content[name])
                 progress.update(content["progress"])
-                content["progress"]["log_digest"]       # which older versions had not
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:      # torch raises nearly anything on a damaged or foreign file
+                if is_of_memory(error):
+                    raise
                 stop(1, f"{path}: cannot resume ({repr(error)[:100]}); if damaged, remove it")
         if RANK == 0:
             if digest_of(self.log_until(progress["log_bytes"])) != progress["log_digest"]:
@@ -1044,7 +1070,11 @@ class RunFolder:
         """Append a line to the log, with six digits of each number."""
         if RANK > 0:
             return
-        line = json.loads(json.dumps(line), parse_float=lambda text: float(f"{float(text):.6g}"))
+        try:
+            text = json.dumps(line, allow_nan=False)
+        except ValueError:
+            raise Diverged(f"step {line['step']} has a metric that is not finite; try a lower --lr") from None
+        line = json.loads(text, parse_float=lambda text: float(f"{float(text):.6g}"))
         try:
             self.log.write(json.dumps(line).encode() + b"\n")
             self.log.flush()
@@ -1091,7 +1121,7 @@ def settle_torch(args):
     """Deterministic and, on narrow networks, fast."""
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)      # what decay has killed computes in subnormal numbers, slowly
-    if sys.platform == "linux":         # glibc gives memory back and takes it anew, a tenth of a step
+    if sys.platform == "linux":         # to give memory back and take it anew costs a tenth of a step
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD
@@ -1107,7 +1137,7 @@ def split_by_rate(groups, factors):
     """The parameter groups split so that each has one `lr_mult`: the product of the factors, [[regular
     expression, factor], ...], of those found in the names."""
     names = [name for group in groups for name, _ in group["params"]]
-    found = [(find(regex, names), factor) for regex, factor in factors]
+    found = [(matching(regex, names), factor) for regex, factor in factors]
     split = {}
     for i, group in enumerate(groups):
         for name, p in group["params"]:
@@ -1130,8 +1160,11 @@ def build(args):
         network.to(args.device, memory_format=torch.channels_last)
         if args.compile:
             network.compile()
-    layers = (args.lars_layers or "") if args.opt == "lars" else None       # "" is found in every name
-    decay_on = "all" if args.opt == "sgd" else args.lars_on                 # the blog's SGD: on all
+    layers, decay_on = None, "weights"              # adamw
+    if args.opt == "lars":
+        layers, decay_on = args.lars_layers or ".*", args.lars_on
+    if args.opt == "sgd":
+        decay_on = "all"                            # as in the blog's code
     try:
         groups = param_groups(online, args.weight_decay, layers, decay_on)
         groups = split_by_rate(groups, args.lr_mult)
@@ -1261,7 +1294,7 @@ def train(argv):
     folder.save_encoder(online.encoder)     # before the line that says that the run is finished
     score(online.encoder, images, args.steps, progress, folder, args)
     folder.finish()
-    print(f"as a picture: python results/report.py {args.out}")
+    print(f"as a picture: python results/report.py {shlex.quote(args.out)}")
 
 
 # ------------------------------------------------------------------------ the command
@@ -1281,7 +1314,7 @@ def main(argv):
     except Diverged as error:
         stop(1, error)
     except (RuntimeError, MemoryError) as error:
-        if any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError")):
+        if is_of_memory(error):
             stop(1, f"out of memory ({repr(error)[:90]}): try a smaller --batch-size, --size or --width")
         if WORLD == 1:
             raise

@@ -124,7 +124,7 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights"):
             is_bias = "bias" in name.rpartition(".")[2]         # LSTM's bias_ih_l0, attention's in_proj_bias
             if p.ndim < 2 or is_bias or p in of_norms:
                 plain.add(name)
-    adapted = set() if lars_layers is None else find(lars_layers, named.keys() - plain)
+    adapted = set() if lars_layers is None else matching(lars_layers, named.keys() - plain)
     groups = {}
     for name, p in named.items():
         lars = name in adapted
@@ -134,7 +134,7 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights"):
     return list(groups.values())
 
 
-def find(regex, names):
+def matching(regex, names):
     """The names in which `regex` is found; raises ValueError if it is malformed or there are none."""
     try:
         found = {name for name in names if re.search(regex, name)}
