@@ -36,7 +36,8 @@ LONG = 100              # mean length of q, which is 0.7 at the start
 
 
 # By how a run's name begins.
-SCALES = {"map": "of maps", "wide": "at full width", "fashion": "of Fashion-MNIST"}
+SCALES = {"map": "of maps", "wide": "at full width", "fashion": "of Fashion-MNIST",
+          "blog": "at the blog's size"}
 SAMPLES = ("of seeds 0 to 2", "of other seeds", *SCALES.values())
 
 # ------------------------------------------------------------------------ runs
@@ -72,11 +73,11 @@ class Run:
 
     def check(self):
         """Raises what `load` takes for damage if anything is missing that will be read."""
-        for line in self.lines.values():
-            if not all(math.isfinite(line[key]) for key in CHECKED):
-                raise ValueError(f"not finite at step {line['step']}")
-        for line in self.scores.values():
-            math.isfinite(line["accuracy"])
+        values = [(line, key) for line in self.lines.values() for key in CHECKED]
+        values += [(line, "accuracy") for line in self.scores.values()]
+        for line, key in values:
+            if not math.isfinite(line[key]):
+                raise ValueError(f"{key} is not finite at step {line['step']}")
         for flag in ("enc_norm", "proj_norm", "pred_norm", "opt", "lr", "seed"):
             self.flags[flag]
 
@@ -244,7 +245,7 @@ def separates_first(run, *others):
     return run.learns and run.apart() < math.inf and run.apart() <= min(other.apart() for other in others)
 
 
-def peaks_early_or_stays(high, low):
+def peaks_earlier_and_recovers(high, low):
     """The rate of layer1 peaks earlier in the run that recovers than in the one that does not."""
     peaks = [max(run.lines.values(), key=early_rate)["step"] for run in (high, low)]
     return high.recovers and low.stays_collapsed and peaks[0] < peaks[1]
@@ -276,7 +277,7 @@ CLAIMS = {
                 collapses_at_once_for_good, ["gn-none-sgd"]),
     "C5": Claim("GroupNorm, BN in the MLPs, SGD: these alone prevent the collapse",
                 learns_without_collapse, ["gn-bn-sgd"]),
-    "C6": Claim(f"{GN}, LARS 0.2: collapses, recovers, learns, below C5",
+    "C6": Claim(f"{GN}, LARS 0.2: collapses at once, recovers, learns, below C5",
                 recovers_below, ["gn-none-lars-0.2", "gn-bn-sgd"]),
     "C7": Claim(f"{GN}, LARS 0.1: collapses at once and stays there",
                 collapses_at_once_for_good, ["gn-none-lars-0.1"]),
@@ -290,7 +291,7 @@ CLAIMS = {
                 large_weights_come_down, ["gn-none-sgd-wd1e-5"]),
     "D5": Claim(f"GroupNorm with weight standardization, SGD, {LONG_RUN}: collapses and recovers repeatedly",
                 recovers_repeatedly, ["gnws-none-sgd"]),
-    "D6": Claim("LARS on layer1, layer2 only: once collapsed, gradient vanishes, their rate explodes",
+    "D6": Claim("LARS on layer1, layer2 only: once collapsed, layer1's gradient vanishes, its rate explodes",
                 early_rate_explodes, ["gn-none-lars-early"]),
     "D7": Claim("LARS on layer1 and layer2 only: separates the images most quickly",
                 separates_first, ["gn-none-lars-early", "gn-none-lars-0.2", "gn-none-lars-mlps"]),
@@ -299,7 +300,7 @@ CLAIMS = {
     "D9": Claim("LARS on the MLPs only: recovers for a while, then collapses again",
                 relapses, ["gn-none-lars-mlps"]),
     "D10": Claim("LARS 0.5 recovers, 0.1 does not; layer1's rate peaks earlier with 0.5",
-                 peaks_early_or_stays, ["gn-none-lars-0.5", "gn-none-lars-0.1"]),
+                 peaks_earlier_and_recovers, ["gn-none-lars-0.5", "gn-none-lars-0.1"]),
     "D11": Claim("no MLP norm: what LARS does is particular to its layerwise rates", None, []),
     "B1": Claim("no MLP norm, 2,000 steps: no better than random features",
                 is_no_better_than_random, ["bn-none-sgd-short"]),
@@ -380,45 +381,56 @@ def judge(runs, claim):
         outcome = "changed"
         flipped_by = f"{in_words(runs, claim, flip)}, {flip.rpartition('-')[2]}'s form: {counts[flip]}"
         flipped_by += f"; of {n_tries} tried"
-    groups = [group for name in in_forms or written if (group := seeds(runs, name))]
-    best = max(groups, key=lambda group: median(run.accuracy for run in group), default=[])
     code, paper = (counts.get(name, "not run") for name in written)
-    return Verdict(code, paper, outcome, flipped_by, fact(best, "accuracy"), fact(best, "random"), flip)
+    return Verdict(code, paper, outcome, flipped_by, *best_scores(runs, in_forms or written), flip)
 
 
-def rates_that_learn(runs, names):
-    """{rate: "N of M"} of the configurations that learn, and do not end collapsed, in most of three seeds or
-    more."""
+def best_scores(runs, names):
+    """Accuracy, and that of random features, of the configuration with the highest median."""
+    groups = [seeds(runs, name) for name in names]
+    best = max(filter(None, groups), key=lambda group: median(run.accuracy for run in group), default=[])
+    return fact(best, "accuracy"), fact(best, "random")
+
+
+def rates_tried(runs, names):
+    """{rate: (seeds that learn and do not end collapsed, seeds)}, of the configurations with three seeds or
+    more; of several of one rate the one that learns in the most."""
     rates = {}
     for name in names:
         group = seeds(runs, name)
         learning = sum(run.learns and run.state != "collapsed" for run in group)
-        if len(group) > 2 and learning > len(group) / 2:
-            rates[group[0].flags["lr"]] = f"{learning} of {len(group)}"
+        if len(group) > 2:
+            rate = group[0].flags["lr"]
+            rates[rate] = max((learning, len(group)), rates.get(rate, (0, 0)))
     return rates
 
 
+def where_it_learns(rates):
+    """Those of `rates_tried` at which most seeds do."""
+    return {rate: counts for rate, counts in sorted(rates.items()) if counts[0] > counts[1] / 2}
+
+
 def judge_lars_alone(runs):
-    """The Verdict on D11: by form at how many rates each optimizer learns. One that does at two rates or more
-    refutes the claim."""
-    names = {(what, form): [f"{name}-{form}" for name in mains]
-             for form in FORMS for what, mains in NOT_LAYERWISE.items()}
-    def rates_in(form):
-        ran = [what for what in NOT_LAYERWISE if any(seeds(runs, name) for name in names[what, form])]
-        counts = {what: len(rates_that_learn(runs, names[what, form])) for what in ran}
-        return ", ".join(f"{what} at {n} rates" for what, n in counts.items()) or "not run"
+    """The Verdict on D11: refuted by an optimizer that learns at two rates or more."""
+    def rates_of(what, *forms):
+        return rates_tried(runs, [f"{name}-{form}" for form in forms for name in NOT_LAYERWISE[what]])
+
+    def words_for(form):
+        tried = {what: rates for what in NOT_LAYERWISE if (rates := rates_of(what, form))}
+        words = [f"{what} learns at {len(where_it_learns(rates))} of {len(rates)} rates"
+                 for what, rates in tried.items()]
+        return ", ".join(words) or "not run"
 
     refuting = []
     for what in NOT_LAYERWISE:
-        rates = rates_that_learn(runs, [name for form in FORMS for name in names[what, form]])
-        if len(rates) > 1:
-            where = ", ".join(f"{rate:g} ({count})" for rate, count in sorted(rates.items()))
+        learnt = where_it_learns(rates_of(what, *FORMS))
+        if len(learnt) > 1:
+            where = ", ".join(f"{rate:g} ({n} of {of})" for rate, (n, of) in learnt.items())
             refuting.append(f"refuted: {what} learns at {where}")
-    groups = [group for found in names.values() for name in found if (group := seeds(runs, name))]
-    best = max(groups, key=lambda group: median(run.accuracy for run in group), default=[])
-    outcome = "no" if refuting else "yes" if groups else "not run"
-    scores = fact(best, "accuracy"), fact(best, "random")
-    return Verdict(*map(rates_in, FORMS), outcome, "; ".join(refuting), *scores, flip=None)
+    is_tried = any(len(rates_of(what, *FORMS)) > 1 for what in NOT_LAYERWISE)
+    outcome = "no" if refuting else "yes" if is_tried else "not run"
+    names = [f"{name}-{form}" for mains in NOT_LAYERWISE.values() for name in mains for form in FORMS]
+    return Verdict(*map(words_for, FORMS), outcome, "; ".join(refuting), *best_scores(runs, names), flip=None)
 
 
 # ------------------------------------------------------------------------ pictures
@@ -427,10 +439,13 @@ def grad_norm(line):
     return math.hypot(*(layer["grad_norm"] for layer in line["layers"].values()))
 
 
+def distance(run, step):
+    return run.lines[step]["rep_dist"]
+
+
 PANELS = {  # what a panel shows: its axis and scale, and a run's value at a step
-    "distance": ("representation distance", "log", lambda run, step: run.lines[step]["rep_dist"]),
-    "distance at width 64": ("representation distance, width 64", "log",
-                             lambda run, step: run.lines[step]["rep_dist"]),
+    "distance": ("representation distance", "log", distance),
+    "distance at width 64": ("representation distance, width 64", "log", distance),
     "loss": ("loss", "log", lambda run, step: run.lines[step]["loss"]),
     "rate": ("local LARS rate of layer1", "log",
              lambda run, step: early_rate(run.lines[step]) or math.nan),
@@ -564,9 +579,9 @@ def draw_scores(runs):
     picture = Figure((8, 4))
     place = picture.subplots()
     norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN", "none": "none"}
-    bare = [run for run in runs.values() if run.is_bare and run.scale in ("", "of maps")]
+    bare = {name: run for name, run in runs.items() if run.is_bare and run.scale in ("", "of maps")}
     for (norm, label), colour in zip(norms.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
-        chosen = [run for run in bare if run.flags["enc_norm"] == norm]
+        chosen = [run for run in distinct(bare).values() if run.flags["enc_norm"] == norm]
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
         place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
     place.axhline(0, color="0.8", zorder=0)
@@ -766,14 +781,12 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for, beside `ends`: what a ru
     "collapsed": (lambda run: [run.state == "collapsed"], "count"),
     "ever collapsed": (lambda run: [bool(run.collapses)], "count"),
     "accuracy": (lambda run: [run.accuracy], ".1f"),
+    "gain": (lambda run: [run.gain], ".1f"),
     "random": (lambda run: [run.random], ".1f"),
     "distance": (lambda run: [run.last["rep_dist"]], ".2g"),
-    "untrained": (lambda run: [run.first["rep_dist"]], ".2g"),
     "lowest": (lambda run: [run.lowest["rep_dist"]], ".2g"),
     "collapse": (lambda run: run.collapses[:1], ",.0f"),
     "recovery": (lambda run: [math.inf] if run.state == "collapsed" else run.recoveries[-1:], ",.0f"),
-    "first recovery": (lambda run: run.recoveries[:1], ",.0f"),
-    "second collapse": (lambda run: run.collapses[1:2], ",.0f"),
     "apart": (lambda run: [run.apart()], ",.0f"),
     "length": (lambda run: [run.lines[64]["q_norm"]], ",.0f"),
     "gradient": (lambda run: [grad_norm(run.lines[1])], ".2g"),
@@ -798,6 +811,16 @@ def fact(runs, key):
     return text.replace("inf", "never")
 
 
+def distinct(runs):
+    """The runs, one of those with the same flags: maps share some with each other and with claims."""
+    def flags(run):                     # old logs lack newer flags, which are None, False or empty in them
+        given = {flag: value for flag, value in run.flags.items() if value not in (None, False, [])}
+        return json.dumps(given, sort_keys=True)
+
+    names = {flags(run): name for name, run in runs.items()}
+    return {name: runs[name] for name in names.values()}
+
+
 def sample(run):
     """Which of SAMPLES it is among: rules were found on seeds 0 to 2."""
     return run.scale or ("of seeds 0 to 2" if run.flags["seed"] < 3 else "of other seeds")
@@ -819,31 +842,42 @@ def count(name, runs, has):
     return table(["runs", name, *states], rows)
 
 
-WARNINGS = {
-    "mean length of q over 100 at step 64": lambda run: run.lines[64]["q_norm"] > LONG,
+WARNINGS = {  # what is seen at a step
+    "mean length of q over 100 at step 64": (64, lambda run: run.lines[64]["q_norm"] > LONG),
     "gradient at step 4 under a tenth of the first":
-        lambda run: grad_norm(run.lines[4]) < grad_norm(run.lines[1]) / 10,
+        (4, lambda run: grad_norm(run.lines[4]) < grad_norm(run.lines[1]) / 10),
 }
 
 
+def how_many(runs, has):
+    return f"{sum(map(has, runs))} of {len(runs)}"
+
+
 def warnings(runs):
-    """A table: how many of those with a warning end collapsed, and of how many that do it warned."""
-    by_name = {}
-    for name, run in runs.items():
-        by_name.setdefault(name_of(name), []).append(run)
+    """A table: how many of those with a warning end collapsed, of how many that do it warned, and what it
+    adds to the state at that step."""
+    def ends(run):
+        return run.state == "collapsed"
+
     groups = {which: [run for run in runs.values() if sample(run) == which] for which in SAMPLES}
-    mixed = [group for group in by_name.values() if len({run.state == "collapsed" for run in group}) > 1]
+    by_name = [seeds(runs, name) for name in dict.fromkeys(map(name_of, runs))]
+    mixed = [group for group in by_name if len(set(map(ends, group))) > 1]
     groups["of set-ups whose seeds differ"] = list(itertools.chain(*mixed))
     rows = []
-    for warning, warns in WARNINGS.items():
+    for warning, (step, warns) in WARNINGS.items():
+        def has_collapsed(run):
+            return bool(run.collapses) and run.collapses[0] <= step
+
         for which, group in groups.items():
             warned = [run for run in group if warns(run)]
-            collapsed = [run for run in group if run.state == "collapsed"]
-            both = sum(run.state == "collapsed" for run in warned)
+            collapsed = [run for run in group if ends(run)]
+            others = [run for run in group if has_collapsed(run) and not warns(run)]
+            sides = (warned, ends), (collapsed, warns), (warned, has_collapsed), (others, ends)
             if group:
-                counts = f"{both} of {len(warned)}", f"{both} of {len(collapsed)}"
-                rows.append([warning, f"{len(group)} {which}", *counts])
-    return table(["warning", "runs", "of those with it end collapsed", "of those collapsed had it"], rows)
+                rows.append([warning, f"{len(group)} {which}", *itertools.starmap(how_many, sides)])
+    header = ["of those with it end collapsed", "of those that end collapsed had it",
+              "of those with it had collapsed by then", "of those without it that had, end collapsed"]
+    return table(["warning", "runs", *header], rows)
 
 
 def remedies(runs):
@@ -934,10 +968,11 @@ def claims_at_both_widths(runs):
     rows, wide = [], at_full_width(runs)
     for claim in (claim for claim, row in CLAIMS.items() if row.names):
         small, full = holds_by_form(runs, claim), holds_by_form(wide, claim)
-        agree = all(small[form] == full[form] for form in full if form in small)
+        both = small.keys() & full.keys()
+        agree = "same" if all(small[form] == full[form] for form in both) else "differs"
         counts = [*judge(runs, claim)[:2], *judge(wide, claim)[:2]]
         if full:
-            rows.append([claim, CLAIMS[claim].words, *counts, "same" if agree else "differs"])
+            rows.append([claim, CLAIMS[claim].words, *counts, agree if both else "not run"])
     header = ["id", "claim", "width 8, code's form", "paper's", "width 64, code's form", "paper's", ""]
     return table(header, rows)
 
@@ -952,8 +987,7 @@ def figure(runs, name):
 
 def facts_of(runs):
     """{what {{...}} in notes.md says: its text}, but for figures and the facts of one name."""
-    named = {str(run.flags): name for name, run in runs.items() if run.is_bare}         # maps share some
-    bare = {name: runs[name] for name in named.values()}
+    bare = distinct({name: run for name, run in runs.items() if run.is_bare})
     long = [run for run in bare.values() if run.lines[64]["q_norm"] > LONG]
     verdicts = {claim: judge(runs, claim) for claim in CLAIMS}
     outcomes = Counter(verdict.outcome for verdict in verdicts.values())
