@@ -1845,7 +1845,8 @@ def write_run(folder, ending, run, lr=0.2):
     out = folder / (name + ending)
     out.mkdir(parents=True)
     flags = dict(steps=100, seed=int(ending.rpartition("s")[2] or 0), lr=lr, weight_decay=1e-4, warmup=0.1)
-    flags |= dict(enc_norm="gn", proj_norm="none", pred_norm="none", loss="byol", opt="lars", lars_on="all")
+    flags |= dict(enc_norm="gn", proj_norm="none", pred_norm="none", loss="byol")
+    flags |= dict(opt="lars", lars_on="all", lars_layers=None)
     (out / "config.json").write_text(json.dumps(dict(flags=flags, command="python byol.py", cpu="C")))
     lines = [dict(step=0, accuracy=20, state="untrained")]
     for step, distance in enumerate(DISTANCES[distances], 1):
@@ -1954,6 +1955,39 @@ def test_a_map_shows_the_last_distances(tmp_path):
     shown = report.draw_map(place, report.load(tmp_path), report.MAPS[1]).get_array().tolist()
     assert shown == [[pytest.approx(-1), pytest.approx(-6)]]
     assert [text.get_text() for text in place.texts] == ["recovered", "collapsed"]
+
+
+def test_both_widths_beside_each_other(tmp_path):
+    """What most seeds do at each; and what was run at one alone."""
+    for seed in range(3):
+        for run in ("gn-none-sgd down 25", f"wide-gn-none-sgd {'down' if seed else 'healthy'} 25",
+                    "gn-none-lars-0.1 down 20", "wide-gn-none-lars-0.1 healthy 40",
+                    "wide-gn-none-sgd-early down 20"):
+            write_run(tmp_path, f"-code-s{seed}", run)
+    runs = report.load(tmp_path)
+    by_claim = [row.split(" | ") for row in report.claims_at_both_widths(runs).splitlines()[2:]]
+    assert {row[0].strip("| "): row[-1].strip("| ") for row in by_claim} == {
+        "C4": "same", "C7": "differs", "D8": "not run", "B5": "same"}
+    ends = [row.rpartition(" | ")[2].strip("| ") for row in report.both_widths(runs).splitlines()[2:]]
+    assert ends == ["", "differs", "", "same", "", "not run"]
+
+
+def test_equal_runs_count_once(tmp_path):
+    """Under two names, with and without the flags that came later."""
+    for name in ("a healthy 40", "b healthy 40", "c healthy 40"):
+        write_run(tmp_path, "-code-s0", name, 0.1 if name[0] == "c" else 0.2)
+    config = tmp_path / "a-code-s0" / "config.json"
+    config.write_text(config.read_text().replace('"steps"', '"clip": null, "lr_mult": [], "steps"'))
+    assert report.distinct(report.load(tmp_path)).keys() == {"b-code-s0", "c-code-s0"}
+
+
+def test_a_warning_and_the_state_by_then(tmp_path):
+    """Long q, three in five, in runs collapsed before step 64 and after; one collapsed without it recovers."""
+    for i, (how, q) in enumerate((("down", 200), ("healthy", 200), ("down", 1), ("back", 1), ("down", 200))):
+        metrics = write_run(tmp_path, "-code-s0", f"x{i} {how} 40") / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"q_norm": 1.0', f'"q_norm": {q}'))
+    row = report.warnings(report.load(tmp_path)).splitlines()[2].split(" | ")
+    assert row[2].startswith("2 of 3") and row[3:5] == ["2 of 3", "2 of 3"] and row[5].startswith("1 of 2")
 
 
 def test_any_folder_of_runs_is_a_picture(tmp_path, capsys):
