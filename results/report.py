@@ -894,7 +894,7 @@ def remedies(runs):
     return table(["norms, optimizer", "ended collapsed", "ended recovered", *scores, "width 64"], rows)
 
 
-STEP_LENGTHS = (0, 0.003, 0.01, 0.03, 0.1, 0.3, math.inf)
+STEP_LENGTHS = (0, 0.003, 0.01, 0.03, 0.06, 0.1, 0.3, math.inf)
 
 
 def longest_step(flags):
@@ -902,32 +902,31 @@ def longest_step(flags):
     return round(flags["lr"] * flags["clip"], 9)
 
 
-def cells_by_clip(runs):
-    """Of the map of rate and clip, the clipped runs of seed 0."""
-    return [run for name, run in runs.items() if name.startswith("map-clip-") and run.flags["seed"] == 0]
+def map_by_clip(runs):
+    """Of the map of rate and clip, the clipped runs."""
+    return [run for name, run in runs.items() if name.startswith("map-clip-")]
 
 
 def by_longest_step(runs):
     """A table: how the map's runs end, by rate times clip."""
     rows = []
     for least, most in itertools.pairwise(STEP_LENGTHS):
-        group = [run for run in cells_by_clip(runs) if least < longest_step(run.flags) <= most]
+        group = [run for run in map_by_clip(runs) if least < longest_step(run.flags) <= most]
         if group:
             counts = [sum(run.state == state for run in group) for state in STATES]
             words = f"up to {most:g}" if most < math.inf else f"over {least:g}"
-            facts = fact(group, "length"), fact(group, "distance")
-            rows.append([words, *counts, sum(run.learns for run in group), *facts])
-    header = ["rate times clip", *STATES, "gain two points", "length of q at step 64", "last distance"]
+            rows.append([words, *counts, *(fact(group, of) for of in ("gain", "length", "distance"))])
+    header = ["rate times clip", *STATES, "points gained", "length of q at step 64", "last distance"]
     return table(header, rows)
 
 
 def order_of_collapses(runs):
-    """In words: of how many pairs of a collapsed cell and another the collapsed one has the larger product of
+    """In words: of how many pairs of a collapsed run and another the collapsed one has the larger product of
     rate and clip, the larger clip, the larger rate; a tie is half a pair."""
-    cells = cells_by_clip(runs)
+    clipped = map_by_clip(runs)
     rules = {"rate times clip": longest_step, "the clip": lambda flags: flags["clip"],
              "the rate": lambda flags: flags["lr"]}
-    pairs = [(one.flags, other.flags) for one in cells for other in cells
+    pairs = [(one.flags, other.flags) for one in clipped for other in clipped
              if one.state == "collapsed" and other.state != "collapsed"]
     words = []
     for name, value in rules.items():
