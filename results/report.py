@@ -949,7 +949,8 @@ def both_widths(runs):
             agree = "same" if usual_end(small) == usual_end(full) else "differs"
         for width, group, last in ((8, small, ""), (64, full, agree)):
             facts = [fact(group, of) for of in ("ends", "lowest", "distance", "length", "random")]
-            rows.append([in_full(wide, name), width, *facts, last])
+            if group:
+                rows.append([in_full(wide, name), width, *facts, last])
     distances = ["lowest distance", "last distance", "length of q at step 64"]
     ends = "ended (seeds), accuracy"
     return table(["norms, optimizer", "width", ends, *distances, "random features %", "usual end"], rows)
