@@ -876,7 +876,7 @@ def warnings(runs):
             if group:
                 rows.append([warning, f"{len(group)} {which}", *itertools.starmap(how_many, sides)])
     header = ["of those with it end collapsed", "of those that end collapsed had it",
-              "of those with it had collapsed by then", "of those without it that had, end collapsed"]
+              "of those with it had collapsed by then", "collapsed by then without it: end collapsed"]
     return table(["warning", "runs", *header], rows)
 
 
