@@ -1982,7 +1982,7 @@ def test_equal_runs_count_once(tmp_path):
 
 
 def test_a_warning_and_the_state_by_then(tmp_path):
-    """Long q, three in five, in runs collapsed before step 64 and after; one collapsed without it recovers."""
+    """Long q in three of five; of the two that collapse without it one recovers."""
     for i, (how, q) in enumerate((("down", 200), ("healthy", 200), ("down", 1), ("back", 1), ("down", 200))):
         metrics = write_run(tmp_path, "-code-s0", f"x{i} {how} 40") / "metrics.jsonl"
         metrics.write_text(metrics.read_text().replace('"q_norm": 1.0', f'"q_norm": {q}'))
