@@ -66,7 +66,7 @@ class Diverged(ValueError):
 
 
 def is_of_memory(error):
-    """Says the error that there is too little memory, of the machine or of the GPU?"""
+    """Whether the error says that the machine or the GPU has too little memory."""
     return any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError"))
 
 

@@ -599,6 +599,8 @@ def test_metrics_of_what_has_no_distance():
             byol.collapse_metrics(good, good, good, bad)
     with pytest.raises(ValueError, match="not finite"):
         byol.collapse_metrics(good * 1e30, good, good, good)
+    with pytest.raises(ValueError, match="at least 2"):
+        byol.collapse_metrics(good[..., None], good, good[..., None], good)
     assert byol.collapse_metrics(*[1e-25 * good] * 4)["rep_dist"] < 1e-9            # squares are 0 there
     small = byol.collapse_metrics(*[1e-16 * good] * 4)          # whatever the length, directions count
     assert small["rep_dist"] == pytest.approx(byol.collapse_metrics(*[good] * 4)["rep_dist"], rel=1e-4)
@@ -1380,6 +1382,18 @@ def test_what_another_launcher_left(left, word, capsys, monkeypatch, tmp_path):
     for name, value in {**given, **left}.items():
         monkeypatch.setenv(name, value)
     assert word in refused(capsys, 2, *TINY, *norms, "--out", tmp_path)
+
+
+def test_moco_has_no_bn_in_a_prediction(monkeypatch, capsys):
+    """Two CPU processes of one image each may train what has no BN."""
+    for name in ("RANK", "WORLD"):
+        monkeypatch.setattr(byol, name, getattr(byol, name))
+    for name, value in dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_ADDR="here", MASTER_PORT=29500).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(byol.dist, "init_process_group", lambda *given, **named: None)
+    flags = "--loss moco --enc-norm gn --proj-norm none --batch-size 2".split()
+    byol.join_processes(byol.parse_arguments(flags))
+    assert byol.WORLD == 2 and "BN" not in capsys.readouterr().out
 
 
 def test_out_of_memory(tmp_path):
