@@ -138,6 +138,7 @@ fashion        fashion-none-none-sgd-0.2-clip-0.1-code 3000 --data fashion-mnist
 fashion        fashion-gn-none-lars-0.2-code 3000 --data fashion-mnist $GN $LARS --lr 0.2
 wide           wide-bn-bn-sgd-code     3000    --enc-norm bn --mlp-norm bn --lr 0.8 $WIDE
 wide           wide-bn-bn-sgd-0.2-code 3000    --enc-norm bn --mlp-norm bn --lr 0.2 $WIDE
+wide           wide-bn-bn-sgd-0.2-twice-code 6000 --enc-norm bn --mlp-norm bn --lr 0.2 $WIDE
 wide           wide-gn-none-sgd-code   3000    $GN --lr 0.8 $WIDE
 wide           wide-gn-none-sgd-0.2-clip-0.1-code 3000 $GN --lr 0.2 --clip 0.1 $WIDE
 wide           wide-none-none-sgd-0.2-clip-0.1-code 3000 $NONE --lr 0.2 --clip 0.1 $WIDE
