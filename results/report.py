@@ -950,10 +950,12 @@ def both_widths(runs):
         for width, group, last in ((8, small, ""), (64, full, agree)):
             facts = [fact(group, of) for of in ("ends", "lowest", "distance", "length", "random")]
             if group:
-                rows.append([in_full(wide, name), width, *facts, last])
+                steps = f"{group[0].flags['steps']:,}"
+                rows.append([in_full(wide, name), width, steps, *facts, last])
     distances = ["lowest distance", "last distance", "length of q at step 64"]
     ends = "ended (seeds), accuracy"
-    return table(["norms, optimizer", "width", ends, *distances, "random features %", "usual end"], rows)
+    header = ["norms, optimizer", "width", "steps", ends, *distances, "random features %", "usual end"]
+    return table(header, rows)
 
 
 def holds_by_form(runs, claim):
