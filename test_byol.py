@@ -1388,8 +1388,9 @@ def test_moco_has_no_bn_in_a_prediction(monkeypatch, capsys):
     """Two CPU processes of one image each may train what has no BN."""
     for name in ("RANK", "WORLD"):
         monkeypatch.setattr(byol, name, getattr(byol, name))
-    for name, value in dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_ADDR="here", MASTER_PORT=29500).items():
-        monkeypatch.setenv(name, str(value))
+    place = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="here", MASTER_PORT="29500")
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(byol.dist, "init_process_group", lambda *given, **named: None)
     flags = "--loss moco --enc-norm gn --proj-norm none --batch-size 2".split()
     byol.join_processes(byol.parse_arguments(flags))
