@@ -1323,6 +1323,18 @@ def test_cut_off_in_the_last_evaluation(tmp_path, capsys, monkeypatch):
     assert "no encoder.pt" in refused(capsys, 1, *flags, tmp_path / "cut")
 
 
+@pytest.mark.parametrize("flags", ["", f"{GN} --opt lars --lars-on all --clip 0.1"])
+def test_a_finer_log_is_of_the_same_run(flags, tmp_path):
+    """To look more often changes no bit of what is seen."""
+    flags = [*TINY, *flags.split(), *"--steps 9 --out".split()]
+    fine, coarse = tmp_path / "fine", tmp_path / "coarse"
+    main(*flags, fine, "--log-every", "1")
+    main(*flags, coarse, "--log-every", "100")
+    assert len(log(fine)) == 11 and len(log(coarse)) == 7           # of 1, 2, 4, 8 and 9, and two evaluations
+    assert all(line in log(fine) for line in log(coarse))
+    assert (fine / "encoder.pt").read_bytes() == (coarse / "encoder.pt").read_bytes()
+
+
 def test_epochs_are_whole(tmp_path):
     """Of 45 images in batches of 8 an epoch takes 40; none at all is a run too."""
     args = byol.parse_arguments([*TINY, "--epochs", "3"])
