@@ -125,8 +125,10 @@ why            gnws-none-sgd-0.2-clip-0.1-code 6000 $WS --lr 0.2 --clip 0.1
 why            gn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm gn --mlp-norm bn --lr 0.8 --clip 0.1
 why            bn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm bn --mlp-norm bn --lr 0.8 --clip 0.1
 why            gn-none-adamw-1e-3-clip-0.1-code 6000 $GN --opt adamw --lr 1e-3 --clip 0.1
+why            bn-bn-sgd-0.2-code      6000    --enc-norm bn --mlp-norm bn --lr 0.2
 why            bn-bn-adamw-1e-3-code   6000    --enc-norm bn --mlp-norm bn --opt adamw --lr 1e-3
 long           bn-bn-sgd-0.8-long-code 24000   --enc-norm bn --mlp-norm bn --lr 0.8
+long           bn-bn-sgd-0.2-long-code 24000   --enc-norm bn --mlp-norm bn --lr 0.2
 long           bn-bn-sgd-0.8-clip-0.1-long-code 24000 --enc-norm bn --mlp-norm bn --lr 0.8 --clip 0.1
 long           gn-bn-sgd-0.4-long-code 24000   --enc-norm gn --mlp-norm bn --lr 0.4
 long           none-none-sgd-1-clip-0.03-long-code 24000 $NONE --lr 1 --clip 0.03
