@@ -352,11 +352,10 @@ def in_words(runs, claim, name):
 
 
 def tried(runs, claim):
-    """All switches that were run for a claim, by form, with the seeds in which it then holds."""
+    """All switches that were run for a claim, in words by form, with the seeds in which it then holds."""
     answers = {name: answer for name, answer in answers_of(runs, claim).items() if "@" in name}
     tries = {name: f"{in_words(runs, claim, name)} ({sum(a)} of {len(a)})" for name, a in answers.items()}
-    by_form = {form: ", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS}
-    return "; ".join(f"{form}'s form: {words}" for form, words in by_form.items() if words) or "nothing"
+    return [", ".join(tries[name] for name in tries if name.endswith(form)) for form in FORMS]
 
 
 def judge(runs, claim):
@@ -585,7 +584,8 @@ def draw_scores(runs):
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
         place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
     place.axhline(0, color="0.8", zorder=0)
-    place.set(xscale="log", xlabel="last representation distance", ylabel="points over random features")
+    place.set(xscale="log", xlabel="last representation distance, less than 1e-16 as that",
+              ylabel="points over random features")
     place.legend(title="norm of the encoder")
     return picture
 
@@ -593,11 +593,11 @@ def draw_scores(runs):
 Map = namedtuple("Map", "title begin form flag axis")      # beginning of its runs' names; the flag in words
 DECAY = "weight decay"
 MAPS = [
-    Map("SGD, decay 1e-4", "map-warmup-", "code", "warmup", "warm-up, part of the run"),
+    Map("SGD, by warm-up", "map-warmup-", "code", "warmup", "warm-up, part of the run"),
     Map("SGD, warm-up over a tenth", "map-sgd-", "paper", "weight_decay", DECAY),
     Map("LARS on weights, warm-up over a tenth", "map-lars-", "paper", "weight_decay", DECAY),
     Map("LARS on all parameters, no warm-up", "map-lars-", "code", "weight_decay", DECAY),
-    Map("SGD, no warm-up, gradient clipped", r"map-clip-|map-warmup-[\d.]+-0-", "code", "clip", "clipped to"),
+    Map("SGD, no warm-up, by clip", r"map-clip-|map-warmup-[\d.]+-0-", "code", "clip", "clipped to"),
 ]
 
 
@@ -651,8 +651,7 @@ FIGURES = {
         "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
     }),
     "clip": Picture(
-        "GroupNorm, no MLP norm, and BN everywhere: norm of the gradient, length of q (grey: 100), and the "
-        "distance (grey: the thresholds of collapse)",
+        "GroupNorm, no MLP norm, and BN everywhere (grey: a length of 100, the thresholds of collapse)",
         ["gradient", "length", "distance"], {
             "SGD 0.2": "gn-none-sgd-0.2-code",
             "SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
@@ -662,13 +661,12 @@ FIGURES = {
             "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
         }),
     "claims": Picture(
-        "The distances behind six claims: each line a run of the first configuration that the claim names "
-        "(C6, dashed: of the second); collapsed: below the grey",
+        "Six claims: the first configuration of each (C6, dashed: the second); collapsed: below the grey",
         partial(draw_claims, claims=["C4", "C5", "C6", "C7", "D1", "D5"], columns=3), {}),
     "all-claims": Picture(
         "The same for every claim that names runs",
         partial(draw_claims, claims=[claim for claim, row in CLAIMS.items() if row.names], columns=4), {}),
-    "rates": Picture("LARS on all parameters at four rates: C6, C7, D10", ["distance", "rate"], {
+    "rates": Picture("LARS on all parameters: rates of D10, C6, C7, and a lower one", ["distance", "rate"], {
         "LARS 0.5": "gn-none-lars-0.5-code",
         "LARS 0.2": "gn-none-lars-0.2-code",
         "LARS 0.1": "gn-none-lars-0.1-code",
@@ -862,7 +860,7 @@ def warnings(runs):
     groups = {which: [run for run in runs.values() if sample(run) == which] for which in SAMPLES}
     by_name = [seeds(runs, name) for name in dict.fromkeys(map(name_of, runs))]
     mixed = [group for group in by_name if len(set(map(ends, group))) > 1]
-    groups["of set-ups whose seeds differ"] = list(itertools.chain(*mixed))
+    groups["of set-ups of which only some seeds do"] = list(itertools.chain(*mixed))
     rows = []
     for warning, (step, warns) in WARNINGS.items():
         def has_collapsed(run):
@@ -975,7 +973,7 @@ def claims_at_both_widths(runs):
         counts = [*judge(runs, claim)[:2], *judge(wide, claim)[:2]]
         if full:
             rows.append([claim, CLAIMS[claim].words, *counts, agree if both else "not run"])
-    header = ["id", "claim", "width 8, code's form", "paper's", "width 64, code's form", "paper's", ""]
+    header = ["id", "claim", "width 8, code's form", "paper's", "width 64, code's form", "paper's", "verdict"]
     return table(header, rows)
 
 
@@ -990,17 +988,23 @@ def figure(runs, name):
 def facts_of(runs):
     """{what {{...}} in notes.md says: its text}, but for figures and the facts of one name."""
     bare = distinct({name: run for name, run in runs.items() if run.is_bare})
+    collapsed = [run for run in runs.values() if run.state == "collapsed"]
     long = [run for run in bare.values() if run.lines[64]["q_norm"] > LONG]
+    with_bn = [run for run in runs.values() if run.flags["proj_norm"] == run.flags["pred_norm"] == "bn"]
+    long_with_bn = [run for run in with_bn if run.lines[64]["q_norm"] > LONG]
     verdicts = {claim: judge(runs, claim) for claim in CLAIMS}
     outcomes = Counter(verdict.outcome for verdict in verdicts.values())
     rows = [[claim, CLAIMS[claim].words, *verdict[:-1]] for claim, verdict in verdicts.items()]
     header = ["id", "claim", "code's form", "paper's form", "holds", "flipped by", "accuracy %", "random %"]
     not_as_written = [claim for claim, verdict in verdicts.items() if verdict.outcome in ("changed", "no")]
-    tries = [f"- *{claim}*, {tried(runs, claim)}.\n" for claim in not_as_written if CLAIMS[claim].names]
+    tries = [[claim, *tried(runs, claim)] for claim in not_as_written if CLAIMS[claim].names]
     return {
+        "number of runs": len(runs),
         "machines": machines(runs.values()),
+        "collapsed that learn": how_many(collapsed, lambda run: run.learns),
         "warnings": warnings(bare),
         "long ones collapsed": fact(long, "collapsed"),
+        "long ones with BN healthy": how_many(long_with_bn, lambda run: run.state == "healthy"),
         "early sign": count("sign", [run for run in bare.values() if run.collapses], announced),
         "remedies": remedies(runs),
         "both widths": both_widths(runs),
@@ -1008,7 +1012,7 @@ def facts_of(runs):
         "order of collapses": order_of_collapses(runs),
         "claims at both widths": claims_at_both_widths(runs),
         "verdicts": table(header, rows),
-        "tries": "".join(tries),
+        "tries": table(["id", "changes of the code's form", "of the paper's"], tries),
         "claims that hold": outcomes["yes"] + outcomes["trivially"],
         "claims that flip": outcomes["changed"],
         "claims that do not": outcomes["no"],
