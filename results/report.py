@@ -731,7 +731,8 @@ FIGURES = {
 
 # The first table of page and README: what keeps BYOL up, and what does not.
 REMEDIES = {
-    "BN everywhere, SGD 0.8 (control)": "bn-bn-sgd-code",
+    "BN everywhere, SGD 0.8 (the post's control)": "bn-bn-sgd-code",
+    "BN everywhere, SGD 0.2": "bn-bn-sgd-0.2-code",
     "GroupNorm, BN in the MLPs, SGD 0.8": "gn-bn-sgd-code",
     "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
     "GroupNorm, no MLP norm, SGD 0.2": "gn-none-sgd-0.2-code",
@@ -739,7 +740,6 @@ REMEDIES = {
     "GroupNorm, no MLP norm, SGD 0.2, gradient clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
     "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
     "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
-    "no norm anywhere, SGD 0.2": "none-none-sgd-0.2-code",
     "no norm anywhere, SGD 0.2, gradient clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
 }
 
