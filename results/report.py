@@ -783,6 +783,7 @@ FACTS = {  # what {{NAME FACT}} in notes.md stands for, beside `ends`: what a ru
     "random": (lambda run: [run.random], ".1f"),
     "distance": (lambda run: [run.last["rep_dist"]], ".2g"),
     "lowest": (lambda run: [run.lowest["rep_dist"]], ".2g"),
+    "fall": (lambda run: [run.lowest["rep_dist"] / run.first["rep_dist"]], ".2g"),
     "collapse": (lambda run: run.collapses[:1], ",.0f"),
     "recovery": (lambda run: [math.inf] if run.state == "collapsed" else run.recoveries[-1:], ",.0f"),
     "apart": (lambda run: [run.apart()], ",.0f"),
@@ -860,7 +861,7 @@ def warnings(runs):
     groups = {which: [run for run in runs.values() if sample(run) == which] for which in SAMPLES}
     by_name = [seeds(runs, name) for name in dict.fromkeys(map(name_of, runs))]
     mixed = [group for group in by_name if len(set(map(ends, group))) > 1]
-    groups["of set-ups of which only some seeds do"] = list(itertools.chain(*mixed))
+    groups["of set-ups that end both ways"] = list(itertools.chain(*mixed))
     rows = []
     for warning, (step, warns) in WARNINGS.items():
         def has_collapsed(run):
