@@ -133,6 +133,7 @@ long           bn-bn-sgd-0.8-clip-0.1-long-code 24000 --enc-norm bn --mlp-norm b
 long           gn-bn-sgd-0.4-long-code 24000   --enc-norm gn --mlp-norm bn --lr 0.4
 long           none-none-sgd-1-clip-0.03-long-code 24000 $NONE --lr 1 --clip 0.03
 long           gn-none-sgd-1-clip-0.03-long-code 24000 $GN --lr 1 --clip 0.03
+long           gn-none-sgd-1-clip-0.03-wd0-long-code 24000 $GN --lr 1 --clip 0.03 --weight-decay 0
 long           none-none-sgd-0.2-clip-0.1-long-code 24000 $NONE --lr 0.2 --clip 0.1
 long           gn-none-sgd-0.2-clip-0.1-long-code 24000 $GN --lr 0.2 --clip 0.1
 long           gn-none-lars-0.2-long-paper 24000 $GN $LARS --lr 0.2
