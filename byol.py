@@ -20,6 +20,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -67,7 +68,9 @@ class Diverged(ValueError):
 
 def is_of_memory(error):
     """Whether the error says that the machine or the GPU has too little memory."""
-    return any(words in repr(error) for words in ("out of memory", "allocate", "MemoryError"))
+    if isinstance(error, RuntimeError):         # torch's
+        return any(words in str(error) for words in ("out of memory", "allocate"))
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 # ------------------------------------------------------------------------ arguments
@@ -144,10 +147,11 @@ def parse_arguments(argv):
     add("--log-every", 25, "steps between lines of metrics; powers of two too", type=within(int, 1))
     add("--eval-every", 0, "steps between evaluations; 0: before and after", type=within(int, 0))
     add("--checkpoint-every", 200, "steps between checkpoints", type=within(int, 1))
-    add("--out", None, "folder of the run; else runs/ and the flags that differ from the defaults")
+    add("--out", None, "folder of the run; else runs/ and the flags that differ from the defaults",
+        type=os.path.expanduser)
     group = parser.add_argument_group("images")
     add("--data", "shapes", "shapes, cifar10, stl10, fashion-mnist or folder:DIR")
-    add("--data-dir", "data", "where data sets lie and images are decoded to")
+    add("--data-dir", "data", "where data sets lie and images are decoded to", type=os.path.expanduser)
     add("--download", False, "download the data set if it is not there", action="store_true")
     add("--size", 16, "side of the views in pixels", type=within(int, 8, 4096))
     for word in argv:
@@ -176,7 +180,7 @@ def parse_arguments(argv):
     if args.out is None:
         named = [name for name in changed if name not in (*NOT_THE_RUN, "threads")]
         words = [f"{name}_{changed[name]}" for name in named]
-        args.out = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default")[:200]
+        args.out = "runs/" + re.sub(r"[^\w.+=-]+", "_", "_".join(words) or "default", flags=re.ASCII)[:200]
     return args
 
 
@@ -247,20 +251,21 @@ def gather(rows):
 # ------------------------------------------------------------------------ files
 def write_whole(path, chunks):
     """Write chunks of bytes to a file, which appears as `path` whole or not at all."""
-    half = f"{path}.{os.urandom(6).hex()}.part"         # of no other process on any machine
+    partial = f"{path}.{os.urandom(6).hex()}.part"      # of no other process on any machine
     try:
-        with open(half, "wb") as file:
+        with open(partial, "wb") as file:
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(half, path)
+        os.replace(partial, path)
     except OSError as error:
         stop(1, f"{path}: {error.strerror or error}")
     finally:
-        Path(half).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):              # it was moved, or never there
+            os.unlink(partial)
 
 
-def halves(path):
+def leftovers(path):
     """What killed processes left of writing `path`."""
     return path.parent.glob(f"{path.name}.{'[0-9a-f]' * 12}.part")
 
@@ -462,13 +467,13 @@ def open_source(args):
     """The Source of --data."""
     try:
         if args.data.startswith("folder:"):
-            return open_folder(args.data[7:])
+            return open_folder(os.path.expanduser(args.data[7:]))
         if args.data in DATASETS:
             return open_torchvision(args)
     except Exception as error:          # torchvision raises nearly anything on damaged files
         if is_of_memory(error):
             raise
-        hint = "try another --data-dir, or --download"
+        hint = "try another --data-dir" if args.download else "try another --data-dir, or --download"
         if args.data.startswith("folder:"):
             hint = "it needs images in train/CLASS/ and test/CLASS/, the same classes in both"
         stop(2, f"--data {args.data}: {error or repr(error)}; {hint}")
@@ -520,9 +525,9 @@ def load_decoded(source, args):
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             stop(2, f"--data-dir {args.data_dir}: {error.strerror}")
-        for half in halves(path):
-            if time.time() - half.stat().st_mtime > 3600:       # no living process writes it
-                half.unlink(missing_ok=True)
+        for partial in leftovers(path):
+            if time.time() - partial.stat().st_mtime > 3600:    # no living process writes it
+                partial.unlink(missing_ok=True)
         write_whole(path, decode(source, side))
     try:
         pixels = np.load(path, mmap_mode="c")
@@ -572,7 +577,7 @@ def draw_views(n, side, size, rng):
     area = side**2 * rng.uniform(*SCALE, (n, 10))
     ratio = np.exp(rng.uniform(*np.log(RATIO), (n, 10)))
     tries = np.sqrt([area / ratio, area * ratio]).round()           # heights and widths, (2, n, 10)
-    fits = (tries <= side).all(0)
+    fits = ((tries > 0) & (tries <= side)).all(0)
     fitting = tries[:, np.arange(n), fits.argmax(1)]                # of ten tries the first that fits,
     height, width = np.where(fits.any(1), fitting, side)            # the whole image if none does
     params = dict(height=height, width=width, flip=rng.random(n) < P_FLIP)
@@ -997,8 +1002,8 @@ class RunFolder:
             stop(1, f"--out {self.out}: another process is at this run")
         if self.path("config.json").exists():
             self.compare(config)
-            for half in itertools.chain(*map(halves, map(self.path, WRITTEN))):
-                half.unlink(missing_ok=True)
+            for partial in itertools.chain(*map(leftovers, map(self.path, WRITTEN))):
+                partial.unlink(missing_ok=True)
             return
         for name in ("metrics.jsonl", "checkpoint.pt", "encoder.pt"):
             if self.path(name).exists() and self.path(name).stat().st_size > 0:
@@ -1160,11 +1165,8 @@ def build(args):
         network.to(args.device, memory_format=torch.channels_last)
         if args.compile:
             network.compile()
-    layers, decay_on = None, "weights"              # adamw
-    if args.opt == "lars":
-        layers, decay_on = args.lars_layers or ".*", args.lars_on
-    if args.opt == "sgd":
-        decay_on = "all"                            # as in the blog's code
+    layers = (args.lars_layers or ".*") if args.opt == "lars" else None
+    decay_on = {"sgd": "all", "lars": args.lars_on, "adamw": "weights"}[args.opt]       # sgd: the blog's code
     try:
         groups = param_groups(online, args.weight_decay, layers, decay_on)
         groups = split_by_rate(groups, args.lr_mult)
@@ -1301,7 +1303,7 @@ def train(argv):
 def main(argv):
     """`train`; what goes wrong with the input, the disk, the memory or another process ends the script with
     one line on stderr."""
-    again = "the same command resumes from the last checkpoint"
+    again = "the same command goes on from the last checkpoint, if there is one"
     try:
         train(argv)
     except KeyboardInterrupt:

@@ -9,9 +9,8 @@ import math
 import re
 
 import torch
-from torch.nn.modules.batchnorm import _NormBase
 
-NORMS = (_NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
+NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)      # whose weights may have more than one dimension
 
 
 class LARS(torch.optim.Optimizer):
