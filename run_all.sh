@@ -126,6 +126,7 @@ why            gn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm gn --mlp-norm bn --lr
 why            bn-bn-sgd-0.8-clip-0.1-code 6000 --enc-norm bn --mlp-norm bn --lr 0.8 --clip 0.1
 why            gn-none-adamw-1e-3-clip-0.1-code 6000 $GN --opt adamw --lr 1e-3 --clip 0.1
 why            bn-bn-sgd-0.2-code      6000    --enc-norm bn --mlp-norm bn --lr 0.2
+why            bn-untrained            200     --enc-norm bn --mlp-norm bn --lr 1e-9
 why            bn-bn-adamw-1e-3-code   6000    --enc-norm bn --mlp-norm bn --opt adamw --lr 1e-3
 long           bn-bn-sgd-0.8-long-code 24000   --enc-norm bn --mlp-norm bn --lr 0.8
 long           bn-bn-sgd-0.2-long-code 24000   --enc-norm bn --mlp-norm bn --lr 0.2
@@ -144,6 +145,7 @@ fashion        fashion-gn-none-lars-0.2-code 3000 --data fashion-mnist $GN $LARS
 wide           wide-bn-bn-sgd-code     3000    --enc-norm bn --mlp-norm bn --lr 0.8 $WIDE
 wide           wide-bn-bn-sgd-0.2-code 3000    --enc-norm bn --mlp-norm bn --lr 0.2 $WIDE
 wide           wide-bn-bn-sgd-0.2-twice-code 6000 --enc-norm bn --mlp-norm bn --lr 0.2 $WIDE
+wide           wide-bn-untrained-code  200     --enc-norm bn --mlp-norm bn --lr 1e-9 $WIDE
 wide           wide-gn-none-sgd-code   3000    $GN --lr 0.8 $WIDE
 wide           wide-gn-none-sgd-0.2-clip-0.1-code 3000 $GN --lr 0.2 --clip 0.1 $WIDE
 wide           wide-none-none-sgd-0.2-clip-0.1-code 3000 $NONE --lr 0.2 --clip 0.1 $WIDE
