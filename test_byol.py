@@ -412,6 +412,7 @@ def test_views_are_the_composition_of_torchvisions(size):
 def test_drawn_parameters_have_torchvisions_distribution():
     n, side, transforms = 4000, 40, torchvision.transforms
     params, _ = byol.draw_views(n, side, 96, np.random.default_rng(2))
+    assert byol.draw_views(99, 1, 16, np.random.default_rng(2))[0]["height"].min() == 1       # of a pixel
     height, width, on, blurred = params["height"], params["width"], params["hue"] != 0, params["sigma"] > 0
     torch.manual_seed(0)
     area, ratio, image = [0.2, 1], [3 / 4, 4 / 3], torch.empty(3, side, side)
@@ -1093,6 +1094,9 @@ def test_bad_folders(folder, tmp_path, capsys, monkeypatch):
     for path in ("train/cat", "test/cat"):
         save_image(Path("few", path, "0.png"), blank)
     assert "classes" in refuse("few")
+    assert "allocated is no folder; it needs images" in refuse("allocated")     # no word of memory
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "of 1 classes" in refuse("~/few")
     save_image(Path("few/train/eel/0.png"), blank)
     save_image(Path("few/test/Eel/0.png"), blank)
     assert "in train alone eel; in test alone Eel" in refuse("few")
@@ -1209,6 +1213,8 @@ def test_a_folder_is_named_by_what_differs_from_the_defaults():
     out = lambda flags: byol.parse_arguments(flags.split()).out
     assert out("--steps 3 --batch-size 8") == out("--batch-size 8 --lr 0.2 --steps 3 --proj-norm bn")
     assert out("") == "runs/default" and out("--lr 0.1 --opt lars") == "runs/opt_lars_lr_0.1"
+    assert out("--out ~/x") == os.path.expanduser("~/x")
+    assert len(out(f"--data folder:{'д' * 200}").encode()) < 256        # what a file's name may have
 
 
 @pytest.mark.parametrize("flags", ["--enc-norm bn --loss moco", GN, f"{GN} --opt lars"])
@@ -1835,34 +1841,46 @@ def test_bench_times_every_part(flags, capsys, monkeypatch):
 DISTANCES = {  # at steps 1 to 100
     "healthy": [0.5] * 100,
     "down": [0.5] * 2 + [1e-6] * 98,
-    "down-late": [0.5] * 60 + [1e-6] * 40,
+    "down-late": [0.5] * 15 + [1e-6] * 85,
+    "near": [0.5] * 2 + [0.05] * 98,
+    "soon": [0.5] * 2 + [1e-6] * 8 + [0.1] * 90,
     "back": [0.5] * 2 + [1e-6] * 58 + [0.1] * 40,
     "far": [0.5] * 2 + [1e-6] * 8 + [0.6] * 90,
     "down-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 40,
     "back-again": [0.5] * 2 + [1e-6] * 28 + [0.1] * 30 + [1e-6] * 20 + [0.1] * 20,
 }
-# Of each claim's runs, in the order of report.CLAIMS: DISTANCES, accuracy (random features: 20), and `flat`
-# where neither the loss nor anything in the layers changes, `half` where gradients fall to no tenth. The
-# first bears the claim out, the others do not.
+# Of each claim's runs, in the order of report.CLAIMS: DISTANCES, accuracy (random features: 20), and what is
+# unlike the appendix: `flat` where neither the loss nor anything in the layers changes, `dip` where the loss
+# does in one step alone, `half` where gradients fall to no tenth, `calm` where rates stay, `even` where no
+# weight grows by half. The first bears the claim out, the others do not.
 EVIDENCE = """
-C1,D1 back 40 | down 40 | back 21 | back 40 flat | healthy 30
+C1,D1 back 40 dip | down 40 | back 21 | back 40 flat | healthy 30
 C2,C3 healthy 40, back 30 | healthy 30, back 40 | back 40, back 30 | healthy 40, healthy 40
 C4,C7 down 20 | down-late 20 | back 20 | healthy 20
 C5,B3 healthy 40 | back 40 | healthy 21 | down 30
 C6  back 30, healthy 40 | down 30, healthy 40 | back 50, healthy 40 | healthy 30, healthy 40
 D2  down-again 30 | down 30
 D3  down 20, down 20 | back 20, down 20
-D4  back 30 | back 30 flat | down 30
+D4  back 30 | back 30 flat | back 30 even | down 30
 D5  back-again 30 | back 30 | down-again 30
-D6  back 30 | back 30 flat | healthy 30 | back 30 half
+D6  back 30 | back 30 flat | healthy 30 | back 30 half | back 30 calm
 D7  far 30, down 3, down 3 | back 30, far 30, down 3 | healthy 30, down 3, down 3 | far 21, down 3, down 3
 D8  down 20 | down-again 20
 D9  down-again 20 | down 20 | back 20
 D10 back 30, down-late 20 | back 30, back 20 | down-again 30, down 20 | back 30, down 20
 B1,B2 down 20 | down 30
 B4  healthy 30, healthy 30 | healthy 30, down 30
-B5  down 30 | healthy 30
+B5  down 30 | healthy 30 | near 30
 X1  healthy 31, healthy 40 | healthy 29, healthy 40 | down 31, healthy 40 | healthy 21, healthy 22
+"""
+READINGS = """
+C1  back 40 | back 40 dip | back 21 | down 40
+C6  back 50 | back 21 | down 40 | healthy 40
+C7,D8 down 21 | down 23 | down-late 21 | back 21
+D1  back 40 | back 40 flat | soon 40 | healthy 40
+D5  back-again 20 | down 40 | down-again 40
+B1,B2 healthy 31, healthy 30 | healthy 32, healthy 30
+X1  healthy 40, healthy 40 | healthy 39, healthy 40 | down 40, healthy 40
 """
 
 
@@ -1879,12 +1897,14 @@ def write_run(folder, ending, run, lr=0.2):
     for step, distance in enumerate(DISTANCES[distances], 1):
         values = dict(grad_norm=1.0, lars_rate=0.01, max_over_rms=5.0)
         if other != ["flat"]:   # the appendix's: vanishing gradients, exploding rates, a few large weights
-            peak = 10.0 if distance < 0.01 else 5.0
+            peak = (7.0 if other == ["even"] else 10.0) if distance < 0.01 else 5.0
             values = dict(grad_norm=distance, lars_rate=0.01 / distance, max_over_rms=peak)
         if other == ["half"]:
             values["grad_norm"] = max(distance, 0.25)
+        if other == ["calm"]:
+            values["lars_rate"] = 0.01
         layers = dict.fromkeys(("layer1", "projection", "prediction"), values)
-        loss = 1.0 if other == ["flat"] else distance
+        loss = {"flat": 1.0, "dip": 1.0 - (step == 9)}.get("".join(other), distance)
         line = dict(step=step, loss=loss, rep_dist=distance, neg_cos=1 - distance, common=0.1)
         lines.append(dict(line, q_norm=1.0, live=[1.0, distance], layers=layers))
     lines.append(dict(step=100, accuracy=int(accuracy), state=""))
@@ -1920,6 +1940,19 @@ def test_verdicts_can_fail_and_flip(claim, tmp_path):
     for line in run_all("--list", claim).stdout.splitlines():
         write_run(tmp_path / "listed", "", f"{Path(shlex.split(line)[-1]).name} healthy 40")
     assert verdict("listed").outcome != "not run"   # run_all.sh's own lines are enough for the rule
+
+
+@pytest.mark.parametrize("claim", report.READINGS)
+def test_other_readings_can_fail(claim, tmp_path):
+    reading = report.READINGS[claim]
+    rows = [row.split(maxsplit=1) for row in READINGS.strip().splitlines()]
+    evidence = next(runs for claims, runs in rows if claim in claims.split(",")).split(" | ")
+    for i, runs in enumerate(evidence):
+        for name, values in zip(reading.names, runs.split(", "), strict=True):
+            write_run(tmp_path / str(i), "-code-s0", f"{name} {values}")
+    verdicts = [report.judge(report.load(tmp_path / str(i)), claim, reading) for i in range(len(evidence))]
+    assert [verdict.code for verdict in verdicts] == ["1 of 1"] + ["0 of 1"] * (len(evidence) - 1)
+    assert f"| {claim} | {reading.words} |" in report.other_readings(report.load(tmp_path / "0"))
 
 
 @pytest.mark.parametrize("learning, outcome", [
@@ -2064,6 +2097,8 @@ def test_the_studys_page_is_what_the_logs_say(tmp_path, monkeypatch):
     write_run(runs, "", "bn-none-sgd-long-code-s0 down 20")
     with pytest.raises(SystemExit, match="no finished run of bn-none-lars-code"):
         report.main([])
+    with pytest.raises(SystemExit, match="no finished run is called gn-nine"):
+        report.page("{{gn-nine gain}}", report.load(runs))
 
 
 # ---------------------------------------------------------------------------------------------- README.md

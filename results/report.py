@@ -555,22 +555,29 @@ def looks(runs, names):
     return chosen
 
 
+def plot_runs(place, runs, panel, style, colour):
+    """A line for each run, and where it shows the distance the run's threshold; returns the last line."""
+    value = PANELS[panel][-1]
+    for run in runs:
+        steps = list(run.scores if panel == "accuracy" else run.lines)
+        (line,) = place.plot(steps, [value(run, step) for step in steps], style, color=colour, lw=1.2)
+        if panel.startswith("distance"):
+            place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
+    return line
+
+
 def draw(runs, panels, names):
     """Panels beside each other, and {label: NAME} as lines in each; a collapse is under the grey line."""
     names = {label: name for label, name in names.items() if seeds(runs, name)}
     picture = Figure((6 + 2 * len(panels), 3.4 + 0.1 * len(names)))
     lines, look_of = {}, looks(runs, names)
     for panel, place in picture.subplot_mosaic([panels]).items():
-        text, scale, value = PANELS[panel]
+        text, scale, _ = PANELS[panel]
         shown = at_full_width(runs) if panel == "distance at width 64" else runs
         for label, name in names.items():
             colour, style = look_of[label]
-            for run in seeds(shown, name):
-                steps = list(run.scores if panel == "accuracy" else run.lines)
-                values = [value(run, step) for step in steps]
-                lines[label] = place.plot(steps, values, style, color=colour, lw=1.3)[0]
-                if panel.startswith("distance"):
-                    place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
+            if group := seeds(shown, name):
+                lines[label] = plot_runs(place, group, panel, style, colour)
         place.set(xlabel="step", ylabel=text, xscale="linear" if panel == "accuracy" else "log", yscale=scale)
         if panel in LIMITS:
             place.axhline(LIMITS[panel], color="0.8", zorder=0)
@@ -613,11 +620,9 @@ def draw_claims(runs, claims, columns):
         chosen["with what flips it"] = judge(runs, claim).flip
         for (label, name), style in zip(chosen.items(), ("-", ":", "--")):
             colour = {"-": "#0072b2", ":": "#d55e00", "--": "#000000"}[style]
-            for run in seeds(runs, name):
-                distances = [line["rep_dist"] for line in run.lines.values()]
-                lines[label] = place.loglog(list(run.lines), distances, style, color=colour, lw=1)[0]
-                place.axhline(run.first["rep_dist"] / 100, color="0.9", zorder=0)
-        place.set(ylim=(1e-12, 2))
+            if group := seeds(runs, name):
+                lines[label] = plot_runs(place, group, "distance", style, colour)
+        place.set(xscale="log", yscale="log", ylim=(1e-12, 2))
         words = textwrap.wrap(f"{claim}: {CLAIMS[claim].words}", 140 // columns)
         place.set_title("\n".join(words), fontsize=7, loc="left")
     for column in axes.T:
@@ -695,19 +700,26 @@ def draw_maps(runs):
     return picture
 
 
+# The first table of page and README: what keeps BYOL up, and what does not.
+REMEDIES = {
+    "BN everywhere, SGD 0.8 (the post's control)": "bn-bn-sgd-code",
+    "BN everywhere, SGD 0.2": "bn-bn-sgd-0.2-code",
+    "GroupNorm, BN in the MLPs, SGD 0.8": "gn-bn-sgd-code",
+    "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
+    "GroupNorm, no MLP norm, SGD 0.2": "gn-none-sgd-0.2-code",
+    "GroupNorm, no MLP norm, SGD 0.8, gradient clipped to 0.1": "gn-none-sgd-0.8-clip-0.1-code",
+    "GroupNorm, no MLP norm, SGD 0.2, gradient clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
+    "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
+    "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
+    "no norm anywhere, SGD 0.2, gradient clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
+}
+NOT_SHOWN = ("bn-bn-sgd-0.2-code", "gn-bn-sgd-code", "gn-none-sgd-0.2-code")    # lest lines hide others
 # A figure of the page: panels and {label: NAME}, or in place of both a function of its own that draws it.
 Picture = namedtuple("Picture", "title panels names")
 FIGURES = {
-    "summary": Picture("Control, collapse, and what keeps it up; grey: the seeds' thresholds",
-                       ["distance", "distance at width 64"], {
-        "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
-        "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
-        "GroupNorm, no MLP norm, SGD 0.2, clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
-        "GroupNorm, no MLP norm, SGD 0.8, clipped to 0.1": "gn-none-sgd-0.8-clip-0.1-code",
-        "no norm anywhere, SGD 0.2, clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
-        "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
-        "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
-    }),
+    "summary": Picture("Seven of the table's set-ups; grey: the seeds' thresholds of collapse",
+                       ["distance", "distance at width 64"],
+                       {label: name for label, name in REMEDIES.items() if name not in NOT_SHOWN}),
     "clip": Picture(
         "GroupNorm, no MLP norm, and BN everywhere (grey: a length of 100, the thresholds of collapse)",
         ["gradient", "length", "distance"], {
@@ -786,20 +798,6 @@ FIGURES = {
         }),
 }
 
-
-# The first table of page and README: what keeps BYOL up, and what does not.
-REMEDIES = {
-    "BN everywhere, SGD 0.8 (the post's control)": "bn-bn-sgd-code",
-    "BN everywhere, SGD 0.2": "bn-bn-sgd-0.2-code",
-    "GroupNorm, BN in the MLPs, SGD 0.8": "gn-bn-sgd-code",
-    "GroupNorm, no MLP norm, SGD 0.8": "gn-none-sgd-code",
-    "GroupNorm, no MLP norm, SGD 0.2": "gn-none-sgd-0.2-code",
-    "GroupNorm, no MLP norm, SGD 0.8, gradient clipped to 0.1": "gn-none-sgd-0.8-clip-0.1-code",
-    "GroupNorm, no MLP norm, SGD 0.2, gradient clipped to 0.1": "gn-none-sgd-0.2-clip-0.1-code",
-    "GroupNorm, no MLP norm, LARS 0.2 on all parameters": "gn-none-lars-0.2-code",
-    "GroupNorm, no MLP norm, LARS 0.2 on weights, warm-up": "gn-none-lars-0.2-paper",
-    "no norm anywhere, SGD 0.2, gradient clipped to 0.1": "none-none-sgd-0.2-clip-0.1-code",
-}
 
 # ------------------------------------------------------------------------ any folder of runs
 def table(header, rows):
@@ -981,14 +979,14 @@ def order_of_collapses(runs):
     """In words: of how many pairs of a collapsed run and another the collapsed one has the larger product of
     rate and clip, the larger clip, the larger rate; a tie is half a pair."""
     clipped = map_by_clip(runs)
-    rules = {"rate times clip": longest_step, "the clip": lambda flags: flags["clip"],
-             "the rate": lambda flags: flags["lr"]}
+    rules = {"rate times clip": longest_step, "clip": lambda flags: flags["clip"],
+             "rate": lambda flags: flags["lr"]}
     pairs = [(one.flags, other.flags) for one in clipped for other in clipped
              if one.state == "collapsed" and other.state != "collapsed"]
     words = []
     for name, value in rules.items():
         right = sum((value(one) > value(other)) + (value(one) == value(other)) / 2 for one, other in pairs)
-        words.append(f"{name} {100 * right / max(1, len(pairs)):.0f} %")
+        words.append(f"{name} in {100 * right / max(1, len(pairs)):.0f} %")
     return ", ".join(words)
 
 
@@ -1059,6 +1057,8 @@ def facts_of(runs):
     bare = distinct({name: run for name, run in runs.items() if run.is_bare})
     collapsed = [run for run in runs.values() if run.state == "collapsed"]
     long = [run for run in bare.values() if run.lines[64]["q_norm"] > LONG]
+    clipped = [run for run in bare.values() if run.flags.get("clip")]
+    long_clipped = [run for run in clipped if run.flags["steps"] == 24_000]
     with_bn = [run for run in runs.values() if run.flags["proj_norm"] == run.flags["pred_norm"] == "bn"]
     long_with_bn = [run for run in with_bn if run.lines[64]["q_norm"] > LONG]
     verdicts = {claim: judge(runs, claim) for claim in CLAIMS}
@@ -1073,6 +1073,7 @@ def facts_of(runs):
         "collapsed that learn": how_many(collapsed, lambda run: run.learns),
         "warnings": warnings(bare),
         "long ones collapsed": fact(long, "collapsed"),
+        "long clipped ones collapsed": fact(long_clipped, "collapsed"),
         "long ones with BN healthy": how_many(long_with_bn, lambda run: run.state == "healthy"),
         "early sign": count("sign", [run for run in bare.values() if run.collapses], announced),
         "remedies": remedies(runs),
@@ -1115,8 +1116,10 @@ def page(text, runs):
         first, *rest = words = match[1].split()
         if first == "figure":
             return figure(runs, rest[0])
-        known = facts.get(" ".join(words))
-        return fact(seeds(runs, first), " ".join(rest)) if known is None else str(known)
+        known, group = facts.get(" ".join(words)), seeds(runs, first)
+        if known is None and not group:
+            sys.exit(f"report.py: notes.md: {words} is no fact, and no finished run is called {first}")
+        return fact(group, " ".join(rest)) if known is None else str(known)
 
     return re.sub("{{([^}]+)}}", replaced, text)
 
