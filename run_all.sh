@@ -160,7 +160,7 @@ wide           wide-gn-none-adamw-1e-3-paper 3000 $GN --opt adamw --lr 1e-3 $WID
 wide           wide-gn-none-sgd-0.8-clip-0.1-code 3000 $GN --lr 0.8 --clip 0.1 $WIDE
 wide           wide-bn-none-sgd-code   3000    --enc-norm bn --mlp-norm none --lr 0.8 $WIDE
 wide           wide-gn-none-lars-early-paper 3000 $GN $LARS --lr 0.2 --lars-layers '$EARLY' $WIDE
-wide           wide-gn-none-lars-mlps-paper 3000 $GN $ON_MLPS $WIDE
+wide           wide-gn-none-lars-mlps-paper 3000 $GN $LARS --lr 0.2 --lars-layers 'projection|prediction' $WIDE
 wide           wide-gnws-none-sgd-paper 3000   $WS --lr 0.2 $WIDE
 blog           blog-bn-bn-sgd-code     2000    --enc-norm bn --mlp-norm bn --lr 0.8 $BLOG
 blog           blog-gn-none-sgd-code   2000    $GN --lr 0.8 $BLOG

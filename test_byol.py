@@ -1607,10 +1607,23 @@ def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
     assert "element 2 of 2 runs" in beyond.stderr and beyond.returncode == 2
 
 
-def test_blog_lines_are_of_the_blogs_size():
-    for line in run_all("--list", "blog").stdout.splitlines():
-        args = byol.parse_arguments(shlex.split(line)[2:])
-        assert (args.width, args.stem, args.size, args.batch_size) == (64, "imagenet", 96, 256)
+def test_what_is_run_at_another_size_is_the_same():
+    """wide-NAME and blog-NAME are NAME but for size and length, of the blog's size those of blog."""
+    lines = [line for words in ((), ("why", "wide", "blog")) for line in run_all("--list", *words).stdout.split("\n")]
+    flags = {}
+    for words in map(shlex.split, filter(re.compile("python byol.py").match, lines)):
+        flags[Path(words[-1]).name] = vars(byol.parse_arguments(words[2:]))
+    sizes = {"width", "stem", "size", "batch_size", "steps", "epochs", "log_every", "eval_every", "out"}
+    compared = []
+    for name, of_wide in flags.items():
+        scale, _, base = name.partition("-")
+        if scale in ("wide", "blog") and base in flags:
+            assert {flag for flag, value in of_wide.items() if value != flags[base][flag]} <= sizes
+            compared.append(scale)
+        if scale == "blog":
+            blogs = (64, "imagenet", 96, 256)
+            assert tuple(of_wide[flag] for flag in ("width", "stem", "size", "batch_size")) == blogs
+    assert compared.count("wide") > 15 and compared.count("blog") > 4
 
 
 def test_run_all_runs_as_many_at_a_time_as_gpus(tmp_path):
