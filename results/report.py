@@ -731,7 +731,7 @@ FIGURES = {
             "BN everywhere, SGD 0.8": "bn-bn-sgd-code",
         }),
     "claims": Picture(
-        "Six claims: the first configuration of each (C6, dashed: the second); collapsed: below the grey",
+        "Six claims; C6's dashed line is C5 with a warm-up, which flips C6; collapsed: below the grey",
         partial(draw_claims, claims=["C4", "C5", "C6", "C7", "D1", "D5"], columns=3), {}),
     "all-claims": Picture(
         "The same for every claim that names runs",
