@@ -483,14 +483,14 @@ def open_source(args):
 def decode(source, side):
     """Yield the bytes of a .npy, uint8 (N, 3, side, side): a Source's images, resized and cropped where they
     have another size."""
+    n = len(source.train_labels) + len(source.test_labels)
+    print(f"decoding {n:,} images to {side} x {side}", flush=True)
     read = source.reader()
 
     def pixels(i):
         image = TF.center_crop(TF.resize(read(i), side), side)
         return np.asarray(image).transpose(2, 0, 1).tobytes()
 
-    n = len(source.train_labels) + len(source.test_labels)
-    print(f"decoding {n:,} images to {side} x {side}", flush=True)
     header = io.BytesIO()
     shape = dict(descr="|u1", fortran_order=False, shape=(n, 3, side, side))
     np.lib.format.write_array_header_1_0(header, shape)
@@ -741,7 +741,8 @@ def byol_loss(q, z_target):
 
 
 def moco_loss(q, z_target, queue, temperature=0.2):
-    """InfoNCE of q against its own target and `queue`, (K, 128) unit vectors (MoCo, arXiv 1911.05722)."""
+    """InfoNCE of q against its own target and `queue`, (K, 128) unit vectors (MoCo, arXiv 1911.05722; without
+    its shuffled BN, at the temperature of MoCo v2)."""
     q = F.normalize(q)
     positive = (q * F.normalize(z_target)).sum(1, keepdim=True)
     logits = torch.cat([positive, q @ queue.T], 1) / temperature
@@ -1125,7 +1126,7 @@ def tau_at(step, steps, base):
 def settle_torch(args):
     """Deterministic and, on narrow networks, fast."""
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)      # what decay has killed computes in subnormal numbers, slowly
+    torch.set_flush_denormal(True)      # weights that decay has shrunk to subnormal numbers are slow
     if sys.platform == "linux":         # to give memory back and take it anew costs a tenth of a step
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -1318,6 +1319,8 @@ def main(argv):
     except (RuntimeError, MemoryError) as error:
         if is_of_memory(error):
             stop(1, f"out of memory ({repr(error)[:90]}): try a smaller --batch-size, --size or --width")
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            stop(1, f"--compile: {str(error).splitlines()[0]}")
         if WORLD == 1:
             raise
         stop(1, f"process {RANK} failed or lost the others ({repr(error)[:90]}); {again}")

@@ -21,8 +21,8 @@ class LARS(torch.optim.Optimizer):
         w = w - lr * buffer
 
     The code of the BYOL blog post has 0 for that 1, so a tensor of zeros never moves. A group with
-    `lars=False` is stepped as by SGD. `rates` holds the last step's local rates, left on the device, by name,
-    or by parameter if LARS was given no names.
+    `lars=False` is stepped as by SGD; the parameters of one with LARS lie on one device. `rates` holds the
+    last step's local rates, left on the device, by name, or by parameter if LARS was given no names.
     """
 
     rates = {}

@@ -1423,6 +1423,12 @@ def test_out_of_memory(tmp_path):
     assert re.fullmatch("byol.py: out of memory.*\n", run.stderr)
 
 
+def test_compile_without_a_compiler(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler",))
+    flags = [*TINY, *f"--steps 1 --compile --out {tmp_path}".split()]
+    assert refused(capsys, 1, *flags).startswith("byol.py: --compile: InvalidCxxCompiler")
+
+
 @pytest.mark.parametrize("reader", [(byol.torch, "load"), (byol.Image, "open")])
 def test_what_memory_lacked_for_is_not_called_damaged(reader, tmp_path, capsys, monkeypatch):
     """A checkpoint that does not fit into memory, an image that does not."""
