@@ -1897,6 +1897,7 @@ C6  back 50 | back 21 | down 40 | healthy 40
 C7,D8 down 21 | down 23 | down-late 21 | back 21
 D1  back 40 | back 40 flat | soon 40 | healthy 40
 D5  back-again 20 | down 40 | down-again 40
+D6  back 30 | back 30 calm | near 30
 B1,B2 healthy 31, healthy 30 | healthy 32, healthy 30
 X1  healthy 40, healthy 40 | healthy 39, healthy 40 | down 40, healthy 40
 """

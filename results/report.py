@@ -264,11 +264,11 @@ def early_rate(line):
     return line["layers"]["layer1"]["lars_rate"] or 0
 
 
-def early_rate_explodes(run):
-    """At the lowest distance layer1's gradient is under a tenth of its first, its rate over ten times it."""
+def early_rate_explodes(run, factor=10):
+    """At the lowest distance layer1's gradient is under a tenth of its first, its rate over `factor` times."""
     first, low = run.first["layers"]["layer1"], run.lowest["layers"]["layer1"]
     vanishes = low["grad_norm"] < first["grad_norm"] / 10
-    return run.collapses and vanishes and early_rate(run.lowest) > 10 * early_rate(run.first)
+    return run.collapses and vanishes and early_rate(run.lowest) > factor * early_rate(run.first)
 
 
 def separates_first(run, *others):
@@ -287,7 +287,7 @@ def is_no_better_than_random(run):
 
 
 def has_equal_projections(run):
-    return run.lowest["neg_cos"] > 0.999
+    return run.collapses and run.lowest["neg_cos"] > 0.999
 
 
 def gains_half_of_the_control(run, control):
@@ -359,6 +359,8 @@ READINGS = {
                 recovers_late, ["gn-none-sgd-wd1e-5"]),
     "D5": Claim("usually separates: does not end collapsed",
                 does_not_end_collapsed, ["gnws-none-sgd"]),
+    "D6": Claim("explodes a thousandfold, as in hardly any healthy run",
+                partial(early_rate_explodes, factor=1000), ["gn-none-lars-early"]),
     "D8": Claim("and learns nothing",
                 collapses_for_good_and_learns_nothing, ["gn-none-sgd-early"]),
     "B1": Claim("no better than random features with BN's averages filled",
