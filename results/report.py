@@ -265,7 +265,7 @@ def early_rate(line):
 
 
 def early_rate_explodes(run, factor=10):
-    """At the lowest distance layer1's gradient is under a tenth of its first, its rate over `factor` times."""
+    """At the lowest distance layer1 has under a tenth of its first gradient, over `factor` times its rate."""
     first, low = run.first["layers"]["layer1"], run.lowest["layers"]["layer1"]
     vanishes = low["grad_norm"] < first["grad_norm"] / 10
     return run.collapses and vanishes and early_rate(run.lowest) > factor * early_rate(run.first)
@@ -642,12 +642,14 @@ def draw_scores(runs):
     """What each bare run's encoder scores over its own random features, against the run's last distance."""
     picture = Figure((8, 4))
     place = picture.subplots()
-    norms = {"gn": "GroupNorm", "gn+ws": "GroupNorm, weight standardization", "bn": "BN", "none": "none"}
+    norms = {"gn": ("GroupNorm", "o", "#0072b2"), "bn": ("BN", "^", "#009e73"),
+             "none": ("none", "D", "#cc79a7"), "gn+ws": ("GroupNorm, weight standardization", "s", "#d55e00")}
     bare = {name: run for name, run in runs.items() if run.is_bare and run.scale in ("", "of maps")}
-    for (norm, label), colour in zip(norms.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
+    for norm, (label, marker, colour) in norms.items():
         chosen = [run for run in distinct(bare).values() if run.flags["enc_norm"] == norm]
         distances = [max(1e-16, run.last["rep_dist"]) for run in chosen]
-        place.plot(distances, [run.gain for run in chosen], "o", color=colour, alpha=0.6, label=label)
+        gains = [run.gain for run in chosen]
+        place.plot(distances, gains, marker, color=colour, ms=5, alpha=0.6, label=label)
     place.axhline(0, color="0.8", zorder=0)
     place.set(xscale="log", xlabel="last representation distance, less than 1e-16 as that",
               ylabel="points over random features")
@@ -682,7 +684,7 @@ def draw_map(place, runs, kind):
         ends = Counter(run.state for run in group if run.state != "healthy")
         words = [end if n == len(group) else f"{n} of {len(group)}\n{end}" for end, n in ends.items()]
         ink = "k" if colours[y][x] > -3 else "w"
-        place.text(x, y, "\n".join(words), ha="center", va="center", color=ink, size=5.5)
+        place.text(x, y, "\n".join(words), ha="center", va="center", color=ink, size=6.5)
     place.set(title=kind.title, xlabel="rate", ylabel=kind.axis)
     place.set_xticks(range(len(columns)), [f"{rate:g}" for rate in columns])
     labels = [f"{row:g}".replace("0.0001", "1e-4").replace("e-0", "e-") for row in rows]
@@ -780,7 +782,7 @@ FIGURES = {
             "LARS 0.05 on all, stays collapsed for 6,000 steps": "gn-none-lars-0.1@half-the-rate-code-s1",
         }),
     "scores": Picture(
-        "What each encoder gains by training without an MLP norm, collapsed on the left, not on the right",
+        "What encoders gain without an MLP norm, collapsed on the left; BN's gains are over those of no norm",
         draw_scores, {}),
     "maps": Picture(
         "The last distance by rate and warm-up, rate and decay (three maps), rate and clip; no word: healthy",
