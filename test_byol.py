@@ -2170,12 +2170,21 @@ def test_readme_snippets_run(folder, tmp_path, monkeypatch):
 
 
 def test_readmes_answer_is_the_pages():
-    words = r"(\d+) hold .*?(\d+) (?:hold\s+)?with one\s+thing changed[,;]\s+(\d+) do not"
-    counts = [re.search(words, path.read_text(), re.S)
-              for path in (HERE / "README.md", HERE / "results" / "README.md")]
-    assert counts[0].groups() == counts[1].groups()
+    readme, page = (" ".join(path.read_text().split())
+                    for path in (HERE / "README.md", HERE / "results" / "README.md"))
+    for words in (r"(\d+) hold .*?(\d+) (?:hold )?with one thing changed[,;.] (\d+) do not",
+                  r"clipped runs without BN of 24,000 steps (\d+ of \d+) collapsed late",
+                  r"With BN random features are those of no norm; by .*? they are ([\d.]+) "):
+        assert re.search(words, readme).groups() == re.search(words, page).groups()
+    at_64 = re.search(r"and ([\d.]+) at width 64", readme)[1]
+    assert f"of filled averages](#other-readings), {at_64} %" in page
     rows = (HERE / "results" / "README.md").read_text().splitlines()
     first = next(i for i, row in enumerate(rows) if row.startswith("| BN everywhere"))
     table = list(itertools.takewhile(lambda row: row.startswith("|"), rows[first:]))
     assert len(table) == len(report.REMEDIES)
+    ends = [row.split(" | ")[:2] for row in table]
+    for rate, words in (("0.2", "runs at a learning rate of 0.2"), ("0.8", "at 0.8")):
+        counts = [end.split(" of ") for row, end in ends if f"SGD {rate}, gradient clipped" in row]
+        collapsed, n = (sum(map(int, column)) for column in zip(*counts))
+        assert f"in {n - collapsed} of {n} {words}" in readme
     assert "\n".join(table) in (HERE / "README.md").read_text()         # report.py makes it, README copies it
