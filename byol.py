@@ -595,13 +595,13 @@ def draw_views(n, side, size, rng):
 def resized_crop(images, start, extent, flip, size):
     """Crop, resize and flip each image: uint8 (N, 3, side, side) -> (N, 3, size, size) in [0, 1], as torch's
     antialiased `upsample_bilinear2d` does, which RandomResizedCrop calls. start, extent: (2, N), y and x."""
-    start, extent = start[..., None, None], extent[..., None, None]
+    start, extent = start[..., None, None], extent[..., None, None]         # (2, N, 1, 1)
     pixel = torch.arange(images.shape[-1], device=start.device)
     scale = extent / size
     centre = start + scale * (torch.arange(size, device=start.device)[:, None] + 0.5)
     weight = (1 - (pixel + 0.5 - centre).abs() / scale.clamp_min(1)).clamp_min(0)
-    weight = weight * ((pixel >= start) & (pixel < start + extent))
-    rows, columns = weight / weight.sum(-1, keepdim=True)           # matrices, (N, size, side)
+    weight = weight * ((pixel >= start) & (pixel < start + extent))         # (2, N, size, side)
+    rows, columns = weight / weight.sum(-1, keepdim=True)                   # matrices, of y and of x
     columns = torch.where(flip[:, None, None] > 0, columns.flip(1), columns)
     return torch.einsum("nyh,nchw,nxw->ncyx", rows, images / 255, columns)
 
@@ -609,7 +609,7 @@ def resized_crop(images, start, extent, flip, size):
 def adjust(images, name, factor):
     """One operation of ColorJitter with a factor for each image, (N,); images in [0, 1]."""
     factor = factor[:, None, None, None]
-    if name == "hue":                           # turned through HSV, as torchvision's adjust_hue does
+    if name == "hue":       # turned through HSV, whose inverse is V - C * clamp(min(k, 4 - k), 0, 1)
         value, strongest = images.max(1, keepdim=True)
         chroma = value - images.amin(1, keepdim=True)
         slope = (images.roll(-1, 1) - images.roll(1, 1)).gather(1, strongest) / chroma.clamp_min(1e-12)
