@@ -1067,6 +1067,8 @@ def facts_of(runs):
     long_with_bn = [run for run in with_bn if run.lines[64]["q_norm"] > LONG]
     verdicts = {claim: judge(runs, claim) for claim in CLAIMS}
     outcomes = Counter(verdict.outcome for verdict in verdicts.values())
+    others = [claim for claim, reading in READINGS.items()
+              if judge(runs, claim, reading).outcome != verdicts[claim].outcome]
     rows = [[claim, CLAIMS[claim].words, *verdict[:-1]] for claim, verdict in verdicts.items()]
     header = ["id", "claim", "code's form", "paper's form", "holds", "flipped by", "accuracy %", "random %"]
     not_as_written = [claim for claim, verdict in verdicts.items() if verdict.outcome in ("changed", "no")]
@@ -1087,6 +1089,7 @@ def facts_of(runs):
         "claims at both widths": claims_at_both_widths(runs),
         "verdicts": table(header, rows),
         "other readings": other_readings(runs),
+        "readings that change": len(others),
         "tries": table(["id", "changes of the code's form", "of the paper's"], tries),
         "claims that hold": outcomes["yes"] + outcomes["trivially"],
         "claims that flip": outcomes["changed"],
