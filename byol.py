@@ -917,7 +917,7 @@ def as_labels(labels, features):
 
 def evaluate(encoder, images, args):
     """Test accuracy in percent of a linear classifier of y, fitted on the labelled training images; y is of
-    whole images, resized to --size, by the encoder in eval mode."""
+    whole images, resized to --size, by the encoder in eval mode, in which an untrained BN does nothing."""
     labelled, y = images.train[: len(images.train_labels)], []
     encoder.eval()
     for x in [*labelled.split(256), *images.test.split(256)]:

@@ -219,7 +219,7 @@ done
 GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -nE 's/^GPU ([0-9]+).*/\1/p' | paste -sd , -)}
 IFS=, read -ra gpus <<<"$GPUS"
 jobs=$(getconf _NPROCESSORS_ONLN)
-[[ " $* " != *" cuda "* || -z $GPUS ]] || jobs=${#gpus[@]}
+[[ " $*" != *[\ =]cuda* || -z $GPUS ]] || jobs=${#gpus[@]}
 for number in "${JOBS:=$jobs}" "${STEPS:=0}" ${SEEDS:=0}; do
     case $number in
     '' | 0?* | *[!0-9]* | ??????????*) usage "JOBS, STEPS, SEEDS: '$number' is no whole number up to nine digits" ;;
@@ -236,7 +236,7 @@ runs() {
     more=$([ $# -eq 0 ] || printf ' %q' "$@")
     for seed in $SEEDS; do
         while read -r ids name steps flags; do
-            [[ ,$ids,$name, =~ ,(${claims:-all}), || (-z $claims && $ids == [A-Z]*) ]] || continue
+            [[ ,$ids,$name, =~ ,(${claims:-all}), || (-z $claims && $ids == [[:upper:]]*) ]] || continue
             [ "$STEPS" -eq 0 ] || steps=$STEPS
             [[ $flags == *--batch-size* ]] || flags="--batch-size 32 $flags"
             [[ $flags == results/* ]] || flags="byol.py $flags"
