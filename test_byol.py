@@ -1485,7 +1485,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes(tmp_path, capsys):
     workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     output = run.stdout.read()
-    assert run.wait() == 1 and "the same command resumes" in output
+    assert run.wait() == 1 and "the same command goes on" in output
     assert "processes 2, not 1" in refused(capsys, 2, *flags, "--out", killed)
     two_processes(*flags, "--out", killed)
     assert same_run(straight, killed)
