@@ -346,8 +346,8 @@ CLAIMS = {
     "X1": Claim("GroupNorm with weight standardization, LARS: at least half of BN's gain",
                 gains_half_of_the_control, ["gnws-none-lars", "bn-bn-sgd"]),
 }
-# What the post's words allow as well, written when the runs they judge had been seen, but for BN's: how much
-# hangs on our reading of a claim.
+# What the post's words allow as well: how much hangs on our reading of a claim. All were written when runs
+# had been seen; of bn-untrained, which B1 and B2 ask for, a pilot in seeds 0 and 1.
 READINGS = {
     "C1": Claim("the loss rises over that at the lowest distance, our rule at first",
                 recovers_over_lowest, ["bn-none-sgd-long"]),
