@@ -61,7 +61,8 @@ class Run:
         self.scale = SCALES.get(folder.name.partition("-")[0], "")
         self.flags = config["flags"]
         self.command = config["command"]
-        self.machine = re.sub(r"\((R|TM)\)", "", config.get("gpu") or config.get("cpu"))
+        instructions = f" ({config['cpu_capability']})" if "cpu_capability" in config else ""
+        self.machine = re.sub(r"\((R|TM)\)", "", config.get("gpu") or config.get("cpu") + instructions)
         self.scores, self.lines = read_log(folder)
         self.first, self.last = (list(self.lines.values())[i] for i in (0, -1))
         self.lowest = min(self.lines.values(), key=lambda line: line["rep_dist"])
@@ -1105,8 +1106,9 @@ def list_of_runs(runs):
     head = """# Every run of the study
 
 `bash run_all.sh --list` prints the commands, `python results/report.py` makes this list. On the same kind
-of processor a log comes again bit for bit but for `images_per_s`; another gives other bits. The EPYCs have
-AVX-512, but for some of seed 0's runs, the first two of full width and 26 of the map by clip. With
+of processor a log comes again bit for bit but for `images_per_s`; another gives other bits. Behind the
+processor stand the instructions that torch took. Older logs do not say them; there it is AVX-512, but for
+some of seed 0's runs, the first two of full width and 26 of the map by clip. With
 `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2` before the command two of
 seed 0's came again on a newer EPYC.
 
