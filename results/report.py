@@ -980,18 +980,18 @@ def by_longest_step(runs):
 
 
 def order_of_collapses(runs):
-    """In words: of how many pairs of a collapsed run and another the collapsed one has the larger product of
+    """A table: of how many pairs of a collapsed run and another the collapsed one has the larger product of
     rate and clip, the larger clip, the larger rate; a tie is half a pair."""
     clipped = map_by_clip(runs)
     rules = {"rate times clip": longest_step, "clip": lambda flags: flags["clip"],
              "rate": lambda flags: flags["lr"]}
     pairs = [(one.flags, other.flags) for one in clipped for other in clipped
              if one.state == "collapsed" and other.state != "collapsed"]
-    words = []
+    rows = []
     for name, value in rules.items():
         right = sum((value(one) > value(other)) + (value(one) == value(other)) / 2 for one, other in pairs)
-        words.append(f"{name} in {100 * right / max(1, len(pairs)):.0f} %")
-    return ", ".join(words)
+        rows.append([name, f"{100 * right / max(1, len(pairs)):.0f} %"])
+    return table(["the larger", "of all pairs; chance: half"], rows)
 
 
 def usual_end(group):
