@@ -7,7 +7,7 @@
 #   bash run_all.sh tries                        all that was tried to flip a claim
 #   bash run_all.sh why map long wide fashion full blog  what no claim needs; blog is for a GPU
 #   bash run_all.sh --list                       print the commands and run nothing
-#   DATA=folder:data/cifar10-jpeg SEEDS="0 1 2" OUT=results/runs bash run_all.sh C3 C4 -- --width 16
+#   DATA=folder:data/cifar10-jpeg SEEDS="0 1 2" OUT=runs/16 bash run_all.sh C3 C4 -- --width 16
 #
 # DATA: byol.py's --data (shapes). SEEDS (0). JOBS: runs at a time (one on each core, or with --device cuda on
 # each GPU). STEPS: every run's length, not the table's. OUT: the runs' folder (runs). What stands after -- goes
@@ -215,7 +215,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
     shift
 done
 [ $# -gt 0 ] && shift
-[[ " $*" =~ " "(--seed|--steps|--out) ]] && usage "give ${BASH_REMATCH[1]} as SEEDS, STEPS or OUT"
+[[ " $*" =~ " "(--seed|--steps|--epochs|--out) ]] && usage "give SEEDS, STEPS or OUT, not ${BASH_REMATCH[1]}"
 GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -nE 's/^GPU ([0-9]+).*/\1/p' | paste -sd , -)}
 IFS=, read -ra gpus <<<"$GPUS"
 jobs=$(getconf _NPROCESSORS_ONLN)

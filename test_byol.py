@@ -1541,7 +1541,7 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
     run = run_all("--list", "C4", "--", "--lr-mult", "layer[1]=2 ", DATA="folder:a b", OUT="c d")
     words = shlex.split(run.stdout)
     assert words[-3:] == ["c d/gn-none-sgd-paper-s0", "--lr-mult", "layer[1]=2 "] and "folder:a b" in words
-    taken = [["C4", "--", flag, "7"] for flag in ("--seed", "--steps", "--out")]
+    taken = [["C4", "--", flag, "7"] for flag in ("--seed", "--steps", "--epochs", "--out")]
     for arguments in (["C9"], [".*"], [""], ["-x"], *taken):
         run = run_all("--list", *arguments)
         assert run.stderr.startswith("run_all.sh: ") and run.returncode == 2

@@ -26,7 +26,7 @@ def scale_grad_norm_(parameters, norm):
     """Scale the whole gradient to `norm`. Returns its norm before."""
     grads = [p.grad for p in parameters]
     total = get_total_norm(grads)
-    torch._foreach_mul_(grads, norm / total)
+    torch._foreach_mul_(grads, norm / total.clamp_min(1e-30))
     return total
 
 
@@ -41,7 +41,8 @@ def partly_clipped_update(online, target, optimizer, views, step, args):
 
 
 if __name__ == "__main__":
-    if WHAT not in ("early", "late", "scaled") or "--clip" not in sys.argv:
+    is_clipped = any(word.partition("=")[0] == "--clip" for word in sys.argv)
+    if WHAT not in ("early", "late", "scaled") or not is_clipped:
         byol.stop(2, "clip.py: its first word is early, late or scaled, and --clip is among its flags")
     if WHAT == "scaled":
         byol.nn.utils.clip_grad_norm_ = scale_grad_norm_

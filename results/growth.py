@@ -5,6 +5,7 @@ over 4,096 images. The training, and so the rest of the log, is byol.py's to the
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ IMAGES, CHUNK = 4096, 256
 def growth(args, images, online):
     """Of unit vectors: representation distance, the part of it that both views have in common, the variance
     of that part along its strongest direction, and the slope of q over z in that direction."""
+    online = copy.deepcopy(online)      # or the averages of its BN would move
     other_views = {"batch_size": CHUNK, "seed": args.seed + 1}
     args = argparse.Namespace(**{**vars(args), **other_views})
     chunks = [online(byol.load_views(images, i, args)) for i in range(IMAGES // CHUNK)]
@@ -37,7 +39,7 @@ def growth(args, images, online):
         "distance": metrics["rep_dist"],
         "common": metrics["rep_dist"] * metrics["common"],
         "strongest": variances[-1].item(),
-        "slope": (q @ z / (z @ z)).item(),
+        "slope": (q @ z / (z @ z).clamp_min(1e-300)).item(),       # 0 where every z is
     }
 
 

@@ -55,5 +55,7 @@ def harmed_update(online, target, optimizer, views, step, args):
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["lengths"], ["units"], ["both"]):
         byol.stop(2, "harm.py: its first word is lengths, units or both")
+    if byol.parse_arguments(sys.argv[2:]).loss != "byol":
+        byol.stop(2, "harm.py: --loss byol alone has the prediction that it harms")
     byol.update = harmed_update
     byol.main(sys.argv[2:])
