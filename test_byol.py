@@ -398,8 +398,10 @@ def test_views_are_the_composition_of_torchvisions(size):
     args = byol.parse_arguments(["--size", str(size)])
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    # gray, red and green alike, a corner of the cube: where a hue is not unique
-    images[0], images[1, 1], images[2] = 128, images[1, 0], torch.tensor([0, 255, 255])[:, None, None]
+    # Where a hue is not unique: gray, red and green alike, a corner of the cube.
+    images[0] = 128
+    images[1, 1] = images[1, 0]
+    images[2] = torch.tensor([0, 255, 255])[:, None, None]
     for seed in range(4):
         params, order = byol.draw_views(12, 32, size, np.random.default_rng(seed))
         params = {name: torch.tensor(values).float() for name, values in params.items()}
@@ -410,12 +412,16 @@ def test_views_are_the_composition_of_torchvisions(size):
 
 
 def test_drawn_parameters_have_torchvisions_distribution():
-    n, side, transforms = 4000, 40, torchvision.transforms
+    n, side = 4000, 40
+    transforms = torchvision.transforms
     params, _ = byol.draw_views(n, side, 96, np.random.default_rng(2))
     assert byol.draw_views(99, 1, 16, np.random.default_rng(2))[0]["height"].min() == 1       # of a pixel
-    height, width, on, blurred = params["height"], params["width"], params["hue"] != 0, params["sigma"] > 0
+    height, width = params["height"], params["width"]
+    on = params["hue"] != 0
+    blurred = params["sigma"] > 0
     torch.manual_seed(0)
-    area, ratio, image = [0.2, 1], [3 / 4, 4 / 3], torch.empty(3, side, side)
+    area, ratio = [0.2, 1], [3 / 4, 4 / 3]
+    image = torch.empty(3, side, side)
     crops = np.array([transforms.RandomResizedCrop.get_params(image, area, ratio) for _ in range(n)])
     limits = [(0.6, 1.4)] * 3 + [(-0.1, 0.1)]
     jitters = np.array([transforms.ColorJitter.get_params(*limits)[1:] for _ in range(n)])
