@@ -977,6 +977,12 @@ def describe(args, digest):
 WRITTEN = ("config.json", "checkpoint.pt", "encoder.pt")        # whole files; metrics.jsonl grows
 
 
+def script_of(command):
+    """What `command`, a config.json's, runs before its flags: byol.py, or a script that changes its step."""
+    words = itertools.takewhile(lambda word: not word.startswith("-"), shlex.split(command)[1:])
+    return " ".join(Path(word).name for word in words)
+
+
 class RunFolder:
     """All that a run reads and writes on disk, in the folder --out. Other processes than the first write
     nothing.
@@ -1022,10 +1028,11 @@ class RunFolder:
         path = self.path("config.json")
         try:
             first = json.loads(path.read_text())
-            flags, resumed = dict(first["flags"]), dict(first.get("resumed", {}))
+            flags = {**first["flags"], "script": script_of(first["command"])}
+            resumed = dict(first.get("resumed", {}))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             stop(1, f"{path} is damaged; remove the folder to start again")
-        for name, value in config["flags"].items():
+        for name, value in {**config["flags"], "script": script_of(config["command"])}.items():
             if value != flags.get(name) and name != "threads":
                 has = f"{name} {flags.get(name)}, not {value}"
                 stop(2, f"--out {self.out}: its run has {has}; give another --out")

@@ -1816,6 +1816,18 @@ def test_growth_and_harm_are_runs_of_byol(script, steps, folder, tmp_path):
         assert other[-2]["q_norm"] == pytest.approx(2800, rel=0.1)
 
 
+def test_another_script_does_not_take_the_run_for_its_own(tmp_path):
+    """The flags of clip.py early, clip.py late and byol.py are the same, their runs are not."""
+    flags = [*TINY, *GN.split(), *"--steps 2 --clip 0.1 --out".split(), tmp_path]
+    early, late = ([HERE / "results" / "clip.py", what] for what in ("early", "late"))
+    for script, has in ((early, ""), (late, "clip.py early, not clip.py late"), ([HERE / "byol.py"], "byol.py")):
+        run = subprocess.run([sys.executable, *script, *flags], capture_output=True, text=True)
+        assert run.returncode == (2 if has else 0) and has in run.stderr
+        assert run.stderr.count("\n") == (1 if has else 0)
+    again = subprocess.run([sys.executable, *early, *flags], capture_output=True, text=True)
+    assert again.returncode == 0 and not again.stderr
+
+
 def test_growth_needs_a_batch_of_its_own(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         growth.keep_images(byol.parse_arguments([*TINY, "--data", f"folder:{folder}"]))
