@@ -218,8 +218,11 @@ done
 [[ " $*" =~ " "(--seed|--steps|--epochs|--out) ]] && usage "give SEEDS, STEPS or OUT, not ${BASH_REMATCH[1]}"
 GPUS=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -nE 's/^GPU ([0-9]+).*/\1/p' | paste -sd , -)}
 IFS=, read -ra gpus <<<"$GPUS"
-jobs=$(getconf _NPROCESSORS_ONLN)
-[[ " $*" != *[\ =]cuda* || -z $GPUS ]] || jobs=${#gpus[@]}
+jobs=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+case " $* " in
+*[\ =]cuda:*) jobs=1 GPUS='' ;;                             # the one that is named, for all runs
+*[\ =]"cuda "*) jobs=$((${#gpus[@]} > 0 ? ${#gpus[@]} : 1)) ;;
+esac
 for number in "${JOBS:=$jobs}" "${STEPS:=0}" ${SEEDS:=0}; do
     case $number in
     '' | 0?* | *[!0-9]* | ??????????*) usage "JOBS, STEPS, SEEDS: '$number' is no whole number up to nine digits" ;;
@@ -231,9 +234,12 @@ export OUT=${OUT:-runs} GPUS
 # Append a flag and its value to `command`, unless it has the flag already.
 lacks() { [[ " $command " == *" $1 "* ]] || command+=" $1 $2"; }
 
+# $1 quoted as Python's shlex.join does, by which config.json has the command.
+quote() { [[ $1 =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] && printf %s "$1" || printf "'%s'" "${1//\'/\'\"\'\"\'}"; }
+
 # A line for each run: its name, its length and its command, separated by tabs.
 runs() {
-    more=$([ $# -eq 0 ] || printf ' %q' "$@")
+    more=$(for word in "$@"; do printf ' %s' "$(quote "$word")"; done)
     for seed in $SEEDS; do
         while read -r ids name steps flags; do
             [[ ,$ids,$name, =~ ,(${claims:-all}), || (-z $claims && $ids == [[:upper:]]*) ]] || continue
@@ -244,14 +250,14 @@ runs() {
                 case $name-$form in *-code-paper | *-paper-code) continue ;; esac
                 run=${name%-"$form"}-$form-s$seed command="python $flags"
                 lacks --steps "$steps"
-                lacks --data "$(printf %q "${DATA:-shapes}")"
+                lacks --data "$(quote "${DATA:-shapes}")"
                 lacks --seed "$seed"
                 lacks --threads 1
                 lacks --log-every $((steps < 40 ? 1 : steps / 40))
                 lacks --eval-every $((steps / 2))
                 [[ $form/$flags != code/*"--opt lars"* ]] || lacks --lars-on all
                 [[ $form == code ]] || lacks --warmup 0.1
-                lacks --out "$(printf %q "$OUT/$run")"
+                lacks --out "$(quote "$OUT/$run")"
                 printf '%s\t%s\t%s\n' "$run" "$steps" "$command$more"
             done
         done <<<"$CONFIGURATIONS"

@@ -1546,6 +1546,7 @@ def test_run_all_lists_and_runs_nothing(tmp_path):
     assert len(one) == 2 and all("--lr 0.5" in command for command in one)
     run = run_all("--list", "C4", "--", "--lr-mult", "layer[1]=2 ", DATA="folder:a b", OUT="c d")
     words = shlex.split(run.stdout)
+    assert all(shlex.join(shlex.split(line)) == line for line in run.stdout.splitlines())  # as in config.json
     assert words[-3:] == ["c d/gn-none-sgd-paper-s0", "--lr-mult", "layer[1]=2 "] and "folder:a b" in words
     taken = [["C4", "--", flag, "7"] for flag in ("--seed", "--steps", "--epochs", "--out")]
     for arguments in (["C9"], [".*"], [""], ["-x"], *taken):
@@ -1592,7 +1593,7 @@ def test_run_all_gives_each_job_a_gpu_of_its_own(visible, tmp_path):
 
 
 def test_run_all_reports_failures_resumes_and_skips(folder, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "o[u]t, of today"
     settings = dict(DATA=f"folder:{folder}", OUT=str(out), STEPS="6", JOBS="2")
     arguments = ["C4", "--", "--width", 4, "--batch-size", 8, "--data-dir", tmp_path]
     (out / "gn-none-sgd-code-s0").mkdir(parents=True)
@@ -1643,6 +1644,21 @@ def test_run_all_runs_as_many_at_a_time_as_gpus(tmp_path):
     for i, flags in enumerate((["--device", "cuda"], ["--device=cuda"])):
         assert "5 at a time" in run_all("C4", "--", *flags, OUT=str(tmp_path / str(i)), PATH=path).stdout
     assert "5 at a time" not in run_all("C4", OUT=str(tmp_path / "o"), PATH=path).stdout
+    path = fake(tmp_path, python="echo on ${CUDA_VISIBLE_DEVICES-all}")
+    run = run_all("C4", "--", "--device", "cuda:1", OUT=str(tmp_path / "second"), PATH=path)
+    assert "1 at a time" in run.stdout
+    assert [path.read_text() for path in (tmp_path / "second").glob("*.txt")] == ["on all\n"] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system gives no process cores of its own")
+def test_run_all_counts_the_cores_it_may_use(tmp_path):
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        run = run_all("C4", OUT=str(tmp_path / "out"), PATH=fake(tmp_path, python="true"), OMP_NUM_THREADS="7")
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert "1 at a time" in run.stdout
 
 
 def test_run_all_says_how_long_it_takes(tmp_path):
