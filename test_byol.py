@@ -1890,6 +1890,16 @@ def test_bench_times_every_part(flags, capsys, monkeypatch):
     assert "peak MiB" in figures
 
 
+def test_bench_takes_a_runs_flags_and_refuses_what_it_cannot_time(capsys, monkeypatch):
+    args, _, works = bench.ready([*TINY, "--epochs", "1", "--lr", "0.3"])
+    assert (args.steps, args.lr) == (10**6, 1e-9) and "step" in works
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for flags, why in ((["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"), (["--peers", "--amp"], "--amp asks")):
+        with pytest.raises(SystemExit, match="2"):
+            bench.main([*TINY, *flags])
+        assert why in capsys.readouterr().err
+
+
 DISTANCES = {  # at steps 1 to 100
     "healthy": [0.5] * 100,
     "down": [0.5] * 2 + [1e-6] * 98,

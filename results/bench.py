@@ -29,6 +29,8 @@ PEERS = {       # module: (package on PyPI, what it leaves out of the work of by
     "lightly": ("lightly==1.6.*", "collapse metrics"),
     "byol_pytorch": ("byol-pytorch==0.9.*", "metrics, per-image augmentation, wide blur, BN by view"),
 }
+# Flags of which the peers know the default alone.
+UNKNOWN_TO_PEERS = "enc_norm proj_norm pred_norm loss opt clip lr_mult amp compile".split()
 
 
 class Count(TorchDispatchMode):
@@ -43,8 +45,11 @@ class Count(TorchDispatchMode):
 
 def ready(flags):
     """A run's arguments, images and {name: a function of this part of a step, of all of it, of the floor}."""
-    args = byol.parse_arguments([*flags, "--steps", "1000000", "--lr", "1e-9"])  # no end, and weights stay
+    args = byol.parse_arguments(flags)
+    if ":" in args.device:              # torch's timer waits for the current GPU alone
+        byol.stop(2, f"bench.py: not --device {args.device}, but CUDA_VISIBLE_DEVICES and --device cuda")
     images = byol.load_images(args).train.to(args.device)
+    args.steps, args.lr = 10**6, 1e-9   # no end, and the weights stay
     online, target, optimizer = byol.build(args)
     views = byol.load_views(images, 0, args)
     order = torch.randperm(len(images), device=images.device)[: args.batch_size]
@@ -131,8 +136,12 @@ def in_its_process(*peer):
     return peer_timer(*peer)()
 
 
-def peer_timers(flags):
+def peer_timers(args, flags):
     """(what, its timer) of the peers that are installed, each in a process of its own."""
+    default = byol.parse_arguments([])
+    for name in UNKNOWN_TO_PEERS:
+        if getattr(args, name) != getattr(default, name):
+            byol.stop(2, f"bench.py: --peers do another work than --{name.replace('_', '-')} asks for")
     for name, (package, lacks) in PEERS.items():
         if not importlib.util.find_spec(name):
             print(f"left out: pip install '{package}'")
@@ -149,7 +158,7 @@ def main(flags):
     args, _, works = ready(own)
     timers = {name: timer(work) for name, work in works.items()}
     if "--peers" in flags:
-        timers.update(peer_timers(own))
+        timers.update(peer_timers(args, own))
     rounds = [{name: turn() for name, turn in timers.items()} for _ in range(9)]
     figures = {}
     print(f"{'median, least, most':28}{'milliseconds':>24}{'over step':>21}{'samples per second':>24}")
