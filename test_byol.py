@@ -1650,12 +1650,13 @@ def test_run_all_runs_as_many_at_a_time_as_gpus(tmp_path):
     assert [path.read_text() for path in (tmp_path / "second").glob("*.txt")] == ["on all\n"] * 2
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system gives no process cores of its own")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone gives a process its cores")
 def test_run_all_counts_the_cores_it_may_use(tmp_path):
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        run = run_all("C4", OUT=str(tmp_path / "out"), PATH=fake(tmp_path, python="true"), OMP_NUM_THREADS="7")
+        path = fake(tmp_path, python="true")
+        run = run_all("C4", OUT=str(tmp_path / "out"), PATH=path, OMP_NUM_THREADS="7")
     finally:
         os.sched_setaffinity(0, cores)
     assert "1 at a time" in run.stdout
@@ -1836,7 +1837,8 @@ def test_another_script_does_not_take_the_run_for_its_own(tmp_path):
     """The flags of clip.py early, clip.py late and byol.py are the same, their runs are not."""
     flags = [*TINY, *GN.split(), *"--steps 2 --clip 0.1 --out".split(), tmp_path]
     early, late = ([HERE / "results" / "clip.py", what] for what in ("early", "late"))
-    for script, has in ((early, ""), (late, "clip.py early, not clip.py late"), ([HERE / "byol.py"], "byol.py")):
+    others = (late, "script clip.py early, not clip.py late"), ([HERE / "byol.py"], "early, not byol.py")
+    for script, has in ((early, ""), *others):
         run = subprocess.run([sys.executable, *script, *flags], capture_output=True, text=True)
         assert run.returncode == (2 if has else 0) and has in run.stderr
         assert run.stderr.count("\n") == (1 if has else 0)
@@ -1894,9 +1896,9 @@ def test_bench_takes_a_runs_flags_and_refuses_what_it_cannot_time(capsys, monkey
     args, _, works = bench.ready([*TINY, "--epochs", "1", "--lr", "0.3"])
     assert (args.steps, args.lr) == (10**6, 1e-9) and "step" in works
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for flags, why in ((["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES"), (["--peers", "--amp"], "--amp asks")):
+    for flags, why in (("--device cuda:1", "CUDA_VISIBLE_DEVICES"), ("--peers --amp", "--amp asks")):
         with pytest.raises(SystemExit, match="2"):
-            bench.main([*TINY, *flags])
+            bench.main([*TINY, *flags.split()])
         assert why in capsys.readouterr().err
 
 
