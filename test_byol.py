@@ -2201,7 +2201,7 @@ def test_readme_snippets_run(folder, tmp_path, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     names = dict(torch=torch, torchvision=torchvision, model=model, state="untrained", first=None)
     names |= dict(loss=model(torch.randn(4, 3)).sum(), images=images.train[:40])
-    names |= {name: torch.randn(8, 16) for name in ("y1", "z1", "y2", "z2")}
+    names |= {name: torch.randn(8, 16) for name in ("y1", "z1", "y2", "z2", "q1", "q2")}
     names |= dict(labels_train=images.train_labels, labels_test=images.train_labels)
     blocks = (HERE / "README.md").read_text().split("\n\n")
     code = re.compile(" {4,}(from|import|model|torch)")
@@ -2233,4 +2233,7 @@ def test_readmes_answer_is_the_pages():
         counts = [end.split(" of ") for row, end in ends if f"SGD {rate}, gradient clipped" in row]
         collapsed, n = (sum(map(int, column)) for column in zip(*counts))
         assert f"in {n - collapsed} of {n} {words}" in readme
+    at_64 = " ".join(row.split(" | ")[-1] for row in table if "clipped" in row)
+    states = [state for state, seeds in re.findall(r"(\w+) \(([\d, ]+)\)", at_64) for _ in seeds.split(",")]
+    assert f"{states.count('collapsed')} of {len(states)} clipped runs ended collapsed" in readme
     assert "\n".join(table) in (HERE / "README.md").read_text()         # report.py makes it, README copies it
