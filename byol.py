@@ -69,7 +69,7 @@ class Diverged(ValueError):
 def is_of_memory(error):
     """Whether the error says that the machine or the GPU has too little memory."""
     if isinstance(error, RuntimeError):         # torch's
-        return any(words in str(error) for words in ("out of memory", "allocate"))
+        return any(words in str(error) for words in ("out of memory", "allocate", "ALLOC_FAILED"))
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
@@ -136,7 +136,7 @@ def parse_arguments(argv):
         type=within(float, 0))
     add("--warmup", 0.0, "fraction of the run with linear warm-up", type=within(float, 0, 1))
     group = parser.add_argument_group("run")
-    add("--steps", None, "length of the run, unless given 1500; 0: random features", type=within(int, 0))
+    add("--steps", None, "length of the run, 1500 without --epochs; 0: random features", type=within(int, 0))
     add("--epochs", None, "the length in passes over the images, instead of --steps", type=within(int, 0))
     add("--batch-size", 64, "images per step, of all processes", type=within(int, 2))
     add("--seed", 0, "of weights, order and views", type=within(int, 0, 2**63 - 1))
@@ -205,20 +205,20 @@ def join_processes(args):
         if not fits:
             stop(2, f"WORLD_SIZE is set, but {name} is {value or 'not'}: use torchrun, or unset WORLD_SIZE")
     RANK, WORLD, gpu = (int(os.environ[name]) for name in LAUNCHER[:3])
-    norms = [args.enc_norm, args.proj_norm, *[args.pred_norm] * (args.loss == "byol")]
-    has_bn = "bn" in norms
+    has_bn = "bn" in (args.enc_norm, args.proj_norm, args.pred_norm if args.loss == "byol" else "")
+    is_one_too_few = has_bn and args.device == "cpu" and args.batch_size == WORLD
     if RANK >= WORLD:
         stop(2, f"RANK is {RANK}, WORLD_SIZE {WORLD}: use torchrun, or unset WORLD_SIZE")
     for wrong, why in (
         (args.batch_size % WORLD, f"--batch-size {args.batch_size} does not divide into {WORLD} processes"),
-        (has_bn and args.batch_size == WORLD, "--batch-size: with BN each process needs two images"),
+        (is_one_too_few, "--batch-size: with BN each process needs two images"),
         (":" in args.device, "--device: torchrun gives each process its GPU, so say cuda"),
         (args.device == "cuda" and gpu >= torch.cuda.device_count(), "--nproc-per-node: more than GPUs"),
     ):
         if wrong:
             stop(2, why)
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     if args.device == "cuda":
         args.device = f"cuda:{gpu}"
         torch.cuda.set_device(gpu)      # before the group is made, or all would take the first GPU
@@ -526,8 +526,9 @@ def load_decoded(source, args):
         except OSError as error:
             stop(2, f"--data-dir {args.data_dir}: {error.strerror}")
         for partial in leftovers(path):
-            if time.time() - partial.stat().st_mtime > 3600:    # no living process writes it
-                partial.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):            # another process removes it, too
+                if time.time() - partial.stat().st_mtime > 3600:    # no living process writes it
+                    partial.unlink()
         write_whole(path, decode(source, side))
     try:
         pixels = np.load(path, mmap_mode="c")
@@ -811,7 +812,7 @@ def collapse_state(state, rep_dist, first):
         raise Diverged(f"rep_dist is {rep_dist}, first is {first}: not both finite, so nothing can be said")
     if state == "collapsed":
         return "recovered" if rep_dist > first / 10 else "collapsed"
-    if rep_dist <= first / 100:         # equal: both are 0
+    if rep_dist <= first / 100:         # not <: both may be 0
         return "collapsed"
     return "recovered" if state == "recovered" else "healthy"
 
@@ -848,12 +849,10 @@ def measure(online, optimizer, y, z, q, grad_norm, args):
         hidden.append(online.prediction[0](torch.cat([z1, z2])) > 0)
     now = nn.utils.get_total_norm([p.grad for p in online.parameters()]).item()
     before = now if grad_norm is None else grad_norm.item()
-    unclip = 1.0 if grad_norm is None else before / max(now, 1e-30)
-    metrics = {"grad_norm": before}
-    metrics |= collapse_metrics(y1, z1, y2, z2)
+    metrics = {"grad_norm": before, **collapse_metrics(y1, z1, y2, z2)}
     metrics["q_norm"] = torch.cat([q1, q2]).norm(dim=1).mean().item()
     metrics["live"] = [(on.any(0) & ~on.all(0)).float().mean().item() for on in hidden]
-    metrics["layers"] = layer_metrics(online, optimizer, unclip)
+    metrics["layers"] = layer_metrics(online, optimizer, before / max(now, 1e-30))
     return metrics
 
 
@@ -1029,7 +1028,7 @@ class RunFolder:
         try:
             first = json.loads(path.read_text())
             flags = {**first["flags"], "script": script_of(first["command"])}
-            resumed = dict(first.get("resumed", {}))
+            resumed = [dict(earlier) for earlier in first.get("resumed", [])]
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             stop(1, f"{path} is damaged; remove the folder to start again")
         for name, value in {**config["flags"], "script": script_of(config["command"])}.items():
@@ -1038,11 +1037,13 @@ class RunFolder:
                 stop(2, f"--out {self.out}: its run has {has}; give another --out")
         now = {name: config[name] for name in ("versions", "gpu", "cpu", "cpu_capability", "commit")}
         now["threads"] = config["flags"]["threads"]
-        before = {**first, "threads": flags.get("threads"), **resumed}
+        before = {**first, "threads": flags.get("threads")}
+        for earlier in resumed:
+            before |= earlier
         changed = {name: value for name, value in now.items() if value != before.get(name)}
-        if changed:
+        if changed and not self.is_finished():
             print(f"resumed with other {', '.join(changed)} than before: the bits may differ")
-            first["resumed"] = resumed | changed
+            first["resumed"] = [*resumed, changed]
             self.write_config(first)
 
     def log_until(self, n):
@@ -1110,10 +1111,12 @@ class RunFolder:
             save(state, self.path("encoder.pt"))
 
     def finish(self):
-        """Remove what only a run that was cut off needs."""
+        """Remove what only a run that was cut off needs, and say how to look at this one."""
         if RANK == 0:
             os.fsync(self.log.fileno())
             self.path("checkpoint.pt").unlink(missing_ok=True)
+        if self.steps > 0:
+            print(f"as a picture: python results/report.py {shlex.quote(str(self.out))}")
 
 
 # ------------------------------------------------------------------------ training
@@ -1304,7 +1307,6 @@ def train(argv):
     folder.save_encoder(online.encoder)     # before the line that says that the run is finished
     score(online.encoder, images, args.steps, progress, folder, args)
     folder.finish()
-    print(f"as a picture: python results/report.py {shlex.quote(args.out)}")
 
 
 # ------------------------------------------------------------------------ the command
@@ -1314,12 +1316,13 @@ def main(argv):
     again = "the same command goes on from the last checkpoint, if there is one"
     try:
         train(argv)
+        print(end="", flush=True)
     except KeyboardInterrupt:
         stop(130, f"interrupted; {again}")
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-        stop(1, f"nobody reads standard output any more; {again}")
     except OSError as error:
+        sys.stdout = open(os.devnull, "w")      # or what it could not write would fail again at the exit
+        if isinstance(error, BrokenPipeError):
+            stop(1, f"nobody reads standard output any more; {again}")
         stop(1, f"{error.filename or 'the disk or standard output'}: {error.strerror or error}")
     except Diverged as error:
         stop(1, error)

@@ -123,7 +123,8 @@ def param_groups(model, weight_decay, lars_layers=".*", lars_on="weights"):
             is_bias = "bias" in name.rpartition(".")[2]         # LSTM's bias_ih_l0, attention's in_proj_bias
             if p.ndim < 2 or is_bias or p in of_norms:
                 plain.add(name)
-    adapted = set() if lars_layers is None else matching(lars_layers, named.keys() - plain)
+    weights = named.keys() - plain
+    adapted = matching(lars_layers, weights) if lars_layers is not None and weights else set()
     groups = {}
     for name, p in named.items():
         lars = name in adapted

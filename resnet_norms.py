@@ -60,8 +60,7 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         shortcut = x
         if self.downsample is not None:
-            kept = x[:, :, :: self.skip, :: self.skip]
-            shortcut = self.downsample(kept)
+            shortcut = self.downsample(x[:, :, :: self.skip, :: self.skip])
         x = torch.relu_(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         return torch.relu_(x + shortcut)
