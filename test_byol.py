@@ -2272,4 +2272,23 @@ def test_readmes_answer_is_the_pages():
     at_64 = " ".join(row.split(" | ")[-1] for row in table if "clipped" in row)
     states = [state for state, seeds in re.findall(r"(\w+) \(([\d, ]+)\)", at_64) for _ in seeds.split(",")]
     assert f"{states.count('collapsed')} of {len(states)} clipped runs ended collapsed" in readme
+    ends = [row.strip("| ").split(" | ") for row in rows if re.match(r"\| (up to|over) 0", row)]
+    up_to = {words: [int(n) for n in counts] for words, *counts, _, _, _ in ends}
+    best, short, long = ([up_to[words] for words in group] for group in (
+        ["up to 0.01", "up to 0.03"], [*up_to][:5], [*up_to][5:]))
+    n, collapsed = lambda group: sum(map(sum, group)), lambda group: sum(row[2] for row in group)
+    assert f"Of [{n(up_to.values())} runs of 3,000 steps]" in readme and [*up_to][4] == "up to 0.1"
+    assert f"none of these {n(best)} ended collapsed" in readme and collapsed(best) == 0
+    assert f"Of all {n(short)} with a product of up to 0.1 one did" in readme and collapsed(short) == 1
+    assert f"of {n(long)} above it {collapsed(long)}." in readme
     assert "\n".join(table) in (HERE / "README.md").read_text()         # report.py makes it, README copies it
+
+
+def test_readmes_row_is_the_committed_run():
+    readme = " ".join((HERE / "README.md").read_text().replace("\\\n", "").split())
+    command = re.search("python byol.py ([^`]*) --out runs/row distances", readme)[1]
+    path = HERE / "results" / "runs" / re.search(r"results/runs/([\w.-]+)\)", readme.split("diff <(")[1])[1]
+    recorded = json.loads((path / "config.json").read_text())["flags"]
+    flags = vars(byol.parse_arguments(shlex.split(command)))
+    for name in flags.keys() - set(byol.NOT_THE_RUN):
+        assert recorded.get(name) == flags[name], name
