@@ -60,7 +60,8 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         shortcut = x
         if self.downsample is not None:
-            shortcut = self.downsample(x[:, :, :: self.skip, :: self.skip])
+            kept = x[:, :, :: self.skip, :: self.skip]
+            shortcut = self.downsample(kept)
         x = torch.relu_(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         return torch.relu_(x + shortcut)
