@@ -1688,8 +1688,9 @@ def test_run_all_names_all_that_failed(tmp_path):
 def test_run_all_is_stopped_by_ctrl_c(tmp_path):
     path = f"{fake(tmp_path, python='exec sleep 99')}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OUT": str(tmp_path / "out")}
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)         # a background job ignores it
     run = subprocess.Popen(["bash", "run_all.sh", "C4"], cwd=HERE, env=environment, text=True,
-                           stdout=subprocess.PIPE, start_new_session=True)
+                           stdout=subprocess.PIPE, start_new_session=True, preexec_fn=heed)
     while "begins" not in run.stdout.readline():
         pass
     os.killpg(run.pid, signal.SIGINT)
